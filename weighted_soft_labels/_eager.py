@@ -81,24 +81,23 @@ def terms(
     student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student CE, teacher CE, weight and soft term of every element; 0 where it is ignored."""
-    dim = _class_dim(student)
-    label, kept = _label(student, target, ignore_index)
-    student_row, teacher_row = _statistics(student, teacher, label, kept, temperature)
-    found = (student_row.ce, teacher_row.ce, *_combine(student_row, teacher_row, temperature))
-    if kept is not None:
-        found = tuple(torch.where(kept, term, 0.0) for term in found)
-    student_ce, teacher_ce, weight, soft = (term.squeeze(dim) for term in found)
+    operands = (student, teacher, target)
+    if not _tiled(student) or student.dim() == 1 or student.numel() <= TILE:
+        return _terms(*operands, temperature, ignore_index)
+    rows = max(1, TILE // student[0].numel())
+    tiles = zip(*(operand.split(rows) for operand in operands))
+    student_ce, teacher_ce, weight, soft = (
+        torch.cat(parts) for parts in zip(*(_terms(*tile, temperature, ignore_index) for tile in tiles))
+    )
     return student_ce, teacher_ce, weight, soft
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place."""
     if upstream.dim():
-        upstream = upstream.unsqueeze(_class_dim(gradient))
-    # Looking is free on a CPU and a wait on any other device.
-    if upstream.device.type == "cpu" and bool((upstream == 1).all()):
-        return gradient
-    return gradient.mul_(upstream)
+        return gradient.mul_(upstream.unsqueeze(_class_dim(gradient)))
+    factor = upstream.item()
+    return gradient if factor == 1 else gradient.mul_(factor)
 
 
 # --- plain operators: every input, every device, fused by the compiler ---
@@ -192,6 +191,22 @@ def _combine(student: _Row, teacher: _Row, temperature: float) -> tuple[Tensor, 
     weight = torch.where(student.ce == math.inf, 1.0, -torch.expm1(-student.ce / (teacher.ce + EPS)))
     soft = student.soft_sum.log() - _dot(teacher.soft, student.z, dim) / (teacher.soft_sum * temperature)
     return weight, soft
+
+
+def _terms(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dim = _class_dim(student)
+    label, kept = _label(student, target, ignore_index)
+    if kept is not None and _tiled(student):
+        _check_label(label, student.shape[dim], ignore_index)
+    student_row, teacher_row = _statistics(student, teacher, label, kept, temperature)
+    weight, soft = _combine(student_row, teacher_row, temperature)
+    student_ce, teacher_ce, weight, soft = (
+        (term if kept is None else torch.where(kept, term, 0.0)).squeeze(dim)
+        for term in (student_row.ce, teacher_row.ce, weight, soft)
+    )
+    return student_ce, teacher_ce, weight, soft
 
 
 def _loss(
@@ -323,13 +338,14 @@ def _tiles(
 
     loss = torch.empty((logits.shape[0], 1, *logits.shape[2:]), dtype=dtype)
     gradient = torch.empty(logits.shape, dtype=student.dtype) if with_gradient else None
-    if student.numel():
-        across = logits.shape[2:].numel()
-        elements = max(1, TILE // (classes * across)), max(1, TILE // classes)
-        buffer = torch.empty(3, min(logits.numel(), elements[0] * classes * min(across, elements[1])), dtype=dtype)
-        operands = (logits, teacher, label, kept, scale, loss, gradient)
-        for tile in zip(*(_split(operand, *elements) for operand in operands)):
-            _tile(*tile, buffer, options)
+    operands = (logits, teacher, label, kept, scale, loss, gradient)
+    if 0 < logits.numel() <= TILE:
+        _tile(*operands, options, None)
+    elif logits.numel():
+        rows, across = max(1, TILE // logits[0].numel()), max(1, TILE // classes)
+        scratch = None
+        for tile in zip(*(_split(operand, rows, across) for operand in operands)):
+            scratch = _tile(*tile, options, scratch)
 
     if gradient is not None:
         if class_last:
@@ -396,28 +412,30 @@ def _tile(
     scale: Tensor | float,
     loss: Tensor,
     gradient: Tensor | None,
-    buffer: Tensor,
     options: Options,
-) -> None:
-    """Fill `loss` and `gradient` for one tile."""
+    scratch: Tensor | None,
+) -> Tensor | None:
+    """Fill `loss` and `gradient` for one tile; returns scratch memory that the next tile may use."""
     dtype = loss.dtype
     student, teacher = student.to(dtype), teacher.to(dtype)
     if not label.is_floating_point():
-        shape, size = student.shape, student.numel()
-        pair = buffer[:2].view(-1)[: 2 * size].view(2, *shape)
         in_place = gradient is not None and gradient.dtype == dtype
-        out = gradient if in_place else buffer[2, :size].view(shape)
+        if scratch is None or scratch.shape[1:] != student.shape:
+            scratch = torch.empty((2 if in_place else 3, *student.shape), dtype=dtype)
+        out = gradient if in_place else scratch[2]
+        pair = scratch if in_place else scratch[:2]
         if _confident_tile(student, teacher, label, scale, loss, out, pair, options, gradient is not None):
             if kept is not None:
                 loss.mul_(kept)
             if gradient is not None and not in_place:
                 gradient.copy_(out)
-            return
+            return scratch
         kept = torch.ones_like(label, dtype=torch.bool) if kept is None else kept
     rows, state = _loss(student, teacher, label, kept, options)
     loss.copy_(rows)
     if gradient is not None:
         gradient.copy_(_closed_form_gradient(student, teacher, label, kept, state, scale, options))
+    return scratch
 
 
 def _confident_tile(
@@ -459,7 +477,7 @@ def _confident_tile(
         pair.div_(temperature)
     t.exp_()
     dot = torch.mul(s, t, out=out).sum(1, keepdim=True)
-    mean = s.mean(1, keepdim=True).mul_(temperature) if smoothing else None
+    mean = s.mean(1, keepdim=True) if smoothing else None
     s.exp_()
 
     s.scatter_(1, label, 0.0)
@@ -469,14 +487,17 @@ def _confident_tile(
         rest = e.scatter_(2, label.expand(2, *label.shape), 0.0).sum(2, keepdim=True)
     else:
         rest = soft_sum.clone() if temperature == 1 else _sum_of_squares(pair)
-    soft_sum.add_(1)
+    soft_sum += 1
     ce = rest.log1p()
-    student_ce, teacher_ce = ce.unbind(0)
-    negative_weight = torch.div(student_ce, teacher_ce + EPS).neg_().expm1_()
+    hard, teacher_ce = ce.unbind(0)
     student_sum, teacher_sum = soft_sum.unbind(0)
-    soft = student_sum.log().sub_(dot.div_(teacher_sum))
-    hard = student_ce if mean is None else student_ce - mean.mul_(smoothing)
-    torch.addcmul(hard * hard_weight, negative_weight, soft, value=-options.alpha * temperature**2, out=loss)
+    negative_weight = hard.div(torch.rsub(teacher_ce, -EPS)).expm1_()
+    soft = student_sum.log().addcdiv_(dot, teacher_sum, value=-1)
+    if mean is not None:
+        hard = hard - mean.mul_(smoothing * temperature)
+    if hard_weight != 1:
+        hard = hard * hard_weight
+    torch.addcmul(hard, negative_weight, soft, value=-options.alpha * temperature**2, out=loss)
     if not (ce.amax().item() < 16 * temperature and math.isfinite(loss.sum().item())):
         return False
     if not with_gradient:

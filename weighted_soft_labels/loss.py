@@ -24,12 +24,12 @@ _REDUCTIONS = ("mean", "sum", "none")
 class Options(NamedTuple):
     """The options of the loss, in the order in which they are documented."""
 
-    temperature: float
-    alpha: float
-    hard_weight: float
-    label_smoothing: float
-    ignore_index: int
-    reduction: str
+    temperature: float = 2.0
+    alpha: float = 2.5
+    hard_weight: float = 1.0
+    label_smoothing: float = 0.0
+    ignore_index: int = -100
+    reduction: str = "mean"
 
 
 def wsl_loss(
@@ -98,10 +98,13 @@ def wsl_loss(
         24.7993
     """
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
-    _check_options(options)
-    _check_tensors(student_logits, teacher_logits, target)
+    check_options(options)
+    check_tensors(student_logits, teacher_logits, target)
     function = _TransformableWSL if _under_transform() else _WSL
-    loss: Tensor = function.apply(student_logits, teacher_logits.detach(), target.detach(), options)
+    # Nothing of the teacher's graph, or of a learned target's, is kept alive by the loss.
+    teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
+    target = target.detach() if target.requires_grad else target
+    loss: Tensor = function.apply(student_logits, teacher_logits, target, options)
     return loss
 
 
@@ -136,7 +139,7 @@ class WSLLoss(nn.Module):
         self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.reduction = reduction
-        _check_options(self._options())
+        check_options(self._options())
 
     def _options(self) -> Options:
         return Options(*(getattr(self, name) for name in Options._fields))
@@ -149,7 +152,7 @@ class WSLLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self._options()._asdict().items())
 
 
-def _check_options(options: Options) -> None:
+def check_options(options: Options) -> None:
     for name, value in zip(("temperature", "alpha", "hard_weight", "label_smoothing"), options):
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number, got {value!r}")
@@ -167,7 +170,7 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {options.reduction!r}")
 
 
-def _check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
@@ -211,7 +214,7 @@ def _check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def _backend(student: Tensor, teacher: Tensor) -> ModuleType:
+def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     """The implementation for these logits."""
     if _HAS_TRITON and student.is_cuda and torch.float64 not in (student.dtype, teacher.dtype):
         from weighted_soft_labels import _triton
@@ -238,7 +241,7 @@ class _WSL(Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
         ahead = ctx.needs_input_grad[0] and student.dtype != torch.float16
         loss: Tensor
-        loss, ctx.gradient, state = _backend(student, teacher).forward(student, teacher, target, options, ahead)
+        loss, ctx.gradient, state = implementation(student, teacher).forward(student, teacher, target, options, ahead)
         ctx.options = options
         ctx.save_for_backward(student, teacher, target, *state)
         return loss
@@ -250,9 +253,9 @@ class _WSL(Function):
         gradient = ctx.gradient
         if gradient is not None:
             ctx.gradient = None
-            return _backend(gradient, gradient).scale_(gradient, upstream), None, None, None
+            return implementation(gradient, gradient).scale_(gradient, upstream), None, None, None
         student, teacher, target, *state = ctx.saved_tensors
-        backend = _backend(student, teacher)
+        backend = implementation(student, teacher)
         return backend.backward(student, teacher, target, tuple(state), upstream, ctx.options), None, None, None
 
 
@@ -261,7 +264,7 @@ class _TransformableWSL(_WSL):
 
     @staticmethod
     def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:  # type: ignore[override]
-        loss: Tensor = _backend(student, teacher).forward(student, teacher, target, options, False)[0]
+        loss: Tensor = implementation(student, teacher).forward(student, teacher, target, options, False)[0]
         return loss
 
     @staticmethod
@@ -275,7 +278,7 @@ class _Gradient(Function):
 
     @staticmethod
     def forward(upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-        gradient: Tensor = _backend(student, teacher).backward(student, teacher, target, (), upstream, options)
+        gradient: Tensor = implementation(student, teacher).backward(student, teacher, target, (), upstream, options)
         return gradient
 
     @staticmethod
