@@ -11,6 +11,7 @@ import argparse
 import csv
 import ctypes
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -112,13 +113,14 @@ def resident(field: str) -> int:
 
 
 def hardware() -> str:
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
 
 def commit() -> str:
-    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return run.stdout.strip() or "unknown"
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
 
 
 def main() -> None:
@@ -135,26 +137,37 @@ def main() -> None:
         n, classes = SHAPES[name]
         generator = torch.Generator().manual_seed(0)
         student = (3 * torch.randn(n, classes, generator=generator)).requires_grad_()
-        inputs = (student, 3 * torch.randn(n, classes, generator=generator), torch.randint(classes, (n,), generator=generator))
+        teacher = 3 * torch.randn(n, classes, generator=generator)
+        inputs = (student, teacher, torch.randint(classes, (n,), generator=generator))
         losses = providers()
         times = measure(losses, inputs, args.seconds)
-        median = {loss: float(torch.tensor(taken).median()) for loss, taken in times.items()}
-        print(f"\n{name} {n}x{classes}, {len(times['official'])} rounds")
-        print(f"{'':20s} {'p20 us':>10s} {'p50 us':>10s} {'p80 us':>10s} {'official / it':>14s} {'compiled official / it':>22s} {'peak, logits':>13s}")
-        for loss, taken in times.items():
-            p20, p50, p80 = torch.tensor(taken).mul(1e6).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-            peak = peak_bytes(losses[loss], inputs) / (student.numel() * student.element_size())
-            ratios = median["official"] / median[loss], median["official, compiled"] / median[loss]
-            print(f"{loss:20s} {p20:10.1f} {p50:10.1f} {p80:10.1f} {ratios[0]:14.2f} {ratios[1]:22.2f} {peak:13.2f}")
-            rows.append(
-                {
-                    "shape": name, "n": n, "classes": classes, "dtype": "float32", "provider": loss, "rounds": len(taken),
-                    "p20_us": f"{p20:.1f}", "p50_us": f"{p50:.1f}", "p80_us": f"{p80:.1f}", "peak_logits": f"{peak:.2f}",
-                    "speedup_over_official": f"{ratios[0]:.2f}", "speedup_over_compiled_official": f"{ratios[1]:.2f}",
-                    "device": hardware(), "torch": torch.__version__, "python": platform.python_version(),
-                    "commit": commit(),
-                }
-            )  # fmt: skip
+        median = {provider: statistics.median(taken) for provider, taken in times.items()}
+        print(f"\n{name} {n}x{classes}: microseconds a step, times faster than, peak memory in logits tensors")
+        print(f"{'':18s} {'p20':>10s} {'p50':>10s} {'p80':>10s} {'official':>10s} {'compiled':>10s} {'peak':>6s}")
+        for provider, taken in times.items():
+            p20, _, _, p80 = (1e6 * quantile for quantile in statistics.quantiles(taken, n=5))
+            peak = peak_bytes(losses[provider], inputs) / (student.numel() * student.element_size())
+            row = {
+                "shape": name,
+                "n": n,
+                "classes": classes,
+                "dtype": "float32",
+                "provider": provider,
+                "rounds": len(taken),
+                "p20_us": round(p20, 1),
+                "p50_us": round(1e6 * median[provider], 1),
+                "p80_us": round(p80, 1),
+                "speedup_over_official": round(median["official"] / median[provider], 2),
+                "speedup_over_compiled_official": round(median["official, compiled"] / median[provider], 2),
+                "peak_logits": round(peak, 2),
+                "device": hardware(),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "commit": commit(),
+            }
+            rows.append(row)
+            columns = ("p20_us", "p50_us", "p80_us", "speedup_over_official", "speedup_over_compiled_official")
+            print(f"{provider:18s} " + " ".join(f"{row[column]:10}" for column in columns) + f" {row['peak_logits']:6}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())

@@ -85,10 +85,9 @@ def terms(
     if not _tiled(student) or student.dim() == 1 or student.numel() <= TILE:
         return _terms(*operands, temperature, ignore_index)
     rows = max(1, TILE // student[0].numel())
-    tiles = zip(*(operand.split(rows) for operand in operands))
-    student_ce, teacher_ce, weight, soft = (
-        torch.cat(parts) for parts in zip(*(_terms(*tile, temperature, ignore_index) for tile in tiles))
-    )
+    tiles = zip(*(torch.split(operand, rows) for operand in operands))
+    found = [_terms(s, t, y, temperature, ignore_index) for s, t, y in tiles]
+    student_ce, teacher_ce, weight, soft = (torch.cat(parts) for parts in zip(*found))
     return student_ce, teacher_ce, weight, soft
 
 
@@ -214,7 +213,6 @@ def _loss(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The loss of every element, and the numbers of each from which `_closed_form_gradient` follows."""
     dim = _class_dim(student_logits)
-    classes = student_logits.shape[dim]
     smoothing, temperature = options.label_smoothing, options.temperature
     student, teacher = _statistics(student_logits, teacher_logits, label, kept, temperature)
     weight, soft = _combine(student, teacher, temperature)
@@ -338,14 +336,14 @@ def _tiles(
 
     loss = torch.empty((logits.shape[0], 1, *logits.shape[2:]), dtype=dtype)
     gradient = torch.empty(logits.shape, dtype=student.dtype) if with_gradient else None
-    operands = (logits, teacher, label, kept, scale, loss, gradient)
+    operands: tuple[Any, ...] = (logits, teacher, label, kept, scale, loss, gradient)
     if 0 < logits.numel() <= TILE:
-        _tile(*operands, options, None)
+        _tile(None, options, *operands)
     elif logits.numel():
         rows, across = max(1, TILE // logits[0].numel()), max(1, TILE // classes)
         scratch = None
         for tile in zip(*(_split(operand, rows, across) for operand in operands)):
-            scratch = _tile(*tile, options, scratch)
+            scratch = _tile(scratch, options, *tile)
 
     if gradient is not None:
         if class_last:
@@ -381,9 +379,10 @@ def _split(operand: Tensor | float | None, rows: int, across: int) -> Iterable[A
     """Cut (n, C) by rows and (n, C, d) by rows and across; what has no dimension goes to every tile."""
     if not isinstance(operand, Tensor) or operand.dim() == 0:
         return itertools.repeat(operand)
+    blocks: tuple[Tensor, ...] = torch.split(operand, rows)
     if operand.dim() == 2:
-        return operand.split(rows)
-    return (tile for block in operand.split(rows) for tile in block.split(across, 2))
+        return blocks
+    return (tile for block in blocks for tile in torch.split(block, across, 2))
 
 
 def _check_label(label: Tensor, classes: int, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -405,6 +404,8 @@ def _check_label(label: Tensor, classes: int, ignore_index: int) -> tuple[Tensor
 
 
 def _tile(
+    scratch: Tensor | None,
+    options: Options,
     student: Tensor,
     teacher: Tensor,
     label: Tensor,
@@ -412,8 +413,6 @@ def _tile(
     scale: Tensor | float,
     loss: Tensor,
     gradient: Tensor | None,
-    options: Options,
-    scratch: Tensor | None,
 ) -> Tensor | None:
     """Fill `loss` and `gradient` for one tile; returns scratch memory that the next tile may use."""
     dtype = loss.dtype
@@ -422,8 +421,7 @@ def _tile(
         in_place = gradient is not None and gradient.dtype == dtype
         if scratch is None or scratch.shape[1:] != student.shape:
             scratch = torch.empty((2 if in_place else 3, *student.shape), dtype=dtype)
-        out = gradient if in_place else scratch[2]
-        pair = scratch if in_place else scratch[:2]
+        pair, out = (scratch, gradient) if gradient is not None and in_place else (scratch[:2], scratch[2])
         if _confident_tile(student, teacher, label, scale, loss, out, pair, options, gradient is not None):
             if kept is not None:
                 loss.mul_(kept)
@@ -486,13 +484,13 @@ def _confident_tile(
     if e is not None:
         rest = e.scatter_(2, label.expand(2, *label.shape), 0.0).sum(2, keepdim=True)
     else:
-        rest = soft_sum.clone() if temperature == 1 else _sum_of_squares(pair)
-    soft_sum += 1
+        rest = soft_sum if temperature == 1 else _sum_of_squares(pair)
     ce = rest.log1p()
     hard, teacher_ce = ce.unbind(0)
-    student_sum, teacher_sum = soft_sum.unbind(0)
     negative_weight = hard.div(torch.rsub(teacher_ce, -EPS)).expm1_()
-    soft = student_sum.log().addcdiv_(dot, teacher_sum, value=-1)
+    soft = soft_sum[0].log1p()
+    soft_sum = soft_sum + 1
+    soft.addcdiv_(dot, soft_sum[1], value=-1)
     if mean is not None:
         hard = hard - mean.mul_(smoothing * temperature)
     if hard_weight != 1:
@@ -529,11 +527,11 @@ def _sum_of_squares(pair: Tensor) -> Tensor:
     4e-5 for 300 000 classes, 2e-7 for 1024), so long rows are folded first.
     """
     if pair.dim() > 3:
-        return (pair * pair).sum(2, keepdim=True)
+        return torch.sum(pair * pair, 2, keepdim=True)
     classes = pair.shape[2]
-    if classes <= FOLD:
-        return torch.linalg.vector_norm(pair, 2, 2, keepdim=True).square_()
-    folded = classes - classes % FOLD
-    squares = torch.linalg.vector_norm(pair[:, :, :folded].unflatten(2, (-1, FOLD)), 2, 3).square_()
-    tail = torch.linalg.vector_norm(pair[:, :, folded:], 2, 2, keepdim=True).square_()
-    return tail.add_(squares.sum(2, keepdim=True))
+    folded = classes - classes % FOLD if classes > FOLD else 0
+    squares: Tensor = torch.linalg.vector_norm(pair[:, :, folded:], 2, 2, keepdim=True).square_()
+    if folded:
+        blocks = pair[:, :, :folded].view(*pair.shape[:2], -1, FOLD)
+        squares += torch.linalg.vector_norm(blocks, 2, 3).square_().sum(2, keepdim=True)
+    return squares

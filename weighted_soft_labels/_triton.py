@@ -34,7 +34,7 @@ COUNTS = ["rows", "blocks", "size", "ignore_index"]
 
 
 @triton.jit
-def _log1p(x):  # type: ignore[no-untyped-def]
+def _log1p(x):
     """log(1 + x) for x >= 0 to float32 precision; the hardware logarithm has no relative precision near 1."""
     s = x / (2 + x)  # log(1 + x) = 2 atanh(x / (2 + x)), 8 terms of which are exact to 1e-9 for x < 1
     q = s * s
@@ -45,7 +45,7 @@ def _log1p(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _one_minus_exp(r):  # type: ignore[no-untyped-def]
+def _one_minus_exp(r):
     """1 - exp(-r) for r >= 0 to float32 precision."""
     p = 1 - r * (1 / 8) * (1 - r * (1 / 9))
     p = 1 - r * (1 / 5) * (1 - r * (1 / 6) * (1 - r * (1 / 7) * p))
@@ -54,7 +54,7 @@ def _one_minus_exp(r):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
     """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
     soft = tl.exp(z * inverse)
     if TEMPERATURE == 1:
@@ -67,25 +67,25 @@ def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):  # type: ignore[no-unt
 
 
 @triton.jit
-def _finite(peak):  # type: ignore[no-untyped-def]
+def _finite(peak):
     """A maximum that can be subtracted: a block may hold nothing but masked classes."""
     return tl.where(peak == float("-inf"), 0.0, peak)
 
 
 @triton.jit
-def _dot(mass, value):  # type: ignore[no-untyped-def]
+def _dot(mass, value):
     """sum_c mass_c * value_c, where no mass times an infinite value is 0."""
     return tl.sum(tl.where(mass == 0, 0.0, mass * value), axis=1)
 
 
 @triton.jit
-def _rescale(total, factor):  # type: ignore[no-untyped-def]
+def _rescale(total, factor):
     """total * factor, where nothing is left of an infinite total that has no weight any more."""
     return tl.where(factor == 0, 0.0, total * factor)
 
 
 @triton.jit
-def _row(x, peak, rest, soft_sum, inverse, TEMPERATURE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row(x, peak, rest, soft_sum, inverse, TEMPERATURE: tl.constexpr):
     """Take a block of classes into the statistics of a row; `rest` is the sum of exp(z) less 1, so -1 at the start.
 
     Also returns z and exp(z / T) of the block, by how much the maximum moved, and what that makes of old exp(z / T).
@@ -106,12 +106,12 @@ def _row(x, peak, rest, soft_sum, inverse, TEMPERATURE: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _load(pointer, offset, columns, stride, mask, other):  # type: ignore[no-untyped-def]
+def _load(pointer, offset, columns, stride, mask, other):
     return tl.load(pointer + offset[:, None] + columns[None, :] * stride, mask, other=other).to(tl.float32)
 
 
 @triton.jit
-def _statistics(  # type: ignore[no-untyped-def]
+def _statistics(
     student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
     start, column, classes, in_rows, inverse,
     student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
@@ -145,7 +145,7 @@ def _statistics(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _write_gradient(  # type: ignore[no-untyped-def]
+def _write_gradient(
     s, t, target, gradient, target_offset, gradient_offset, target_c, gradient_c, columns, mask, label, kept,
     student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr,
@@ -158,13 +158,14 @@ def _write_gradient(  # type: ignore[no-untyped-def]
         hard -= q_scale[:, None] * _load(target, target_offset, columns, target_c, mask, 0.0)
     else:
         hard = tl.where(columns[None, :] == label[:, None], at_label[:, None], hard)
-    out = hard + student_scale[:, None] * student_soft - teacher_scale[:, None] * teacher_soft
+    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
+    out = hard + (student_scale[:, None] * student_soft - teacher_scale[:, None] * teacher_soft)
     out = tl.where(kept[:, None], out, 0.0)
     tl.store(gradient + gradient_offset[:, None] + columns[None, :] * gradient_c, out, mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _forward_kernel(  # type: ignore[no-untyped-def]
+def _forward_kernel(
     student, teacher, target, gradient, loss, state, terms, count,
     classes, rows, blocks, size,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
@@ -298,7 +299,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _backward_kernel(  # type: ignore[no-untyped-def]
+def _backward_kernel(
     student, teacher, target, gradient, state, upstream, count,
     classes, rows, blocks, size,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
@@ -344,7 +345,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scale_kernel(  # type: ignore[no-untyped-def]
+def _scale_kernel(
     gradient, upstream, classes, rows, blocks, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
     ROWS: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
@@ -461,6 +462,8 @@ def _launch_forward(
         return
     rows_block, classes_block, warps = _reduction_block(student)
     blocks = triton.cdiv(rows, rows_block)
+    smoothing = True if label_smoothing > 0 else False  # noqa: SIM210
+    one_block = True if classes <= classes_block else False  # noqa: SIM210
     unused = student  # any address will do where a pointer is not followed
     with _device(student):
         _forward_kernel[(batches * blocks,)](
@@ -469,13 +472,14 @@ def _launch_forward(
             unused if state is None else state, unused if terms is None else terms,
             unused if count is None else count,
             classes, rows, blocks, batches * rows,
-            *_strides(student), *_strides(teacher), *_strides(target), *_strides(student if gradient is None else gradient),
+            *_strides(student), *_strides(teacher), *_strides(target),
+            *_strides(student if gradient is None else gradient),
             ignore_index, 1 / temperature, float(hard_weight),
             float(alpha * temperature**2), float(alpha * temperature), float(label_smoothing), scale,
             TEMPERATURE=_special(temperature), PROBABILITIES=target.is_floating_point(),
-            SMOOTHING=label_smoothing > 0, COUNT=count is not None,
+            SMOOTHING=smoothing, COUNT=count is not None,
             GRADIENT=gradient is not None, STATE=state is not None, TERMS=terms is not None,
-            ROWS=rows_block, CLASSES=classes_block, ONE_BLOCK=classes <= classes_block, num_warps=warps,
+            ROWS=rows_block, CLASSES=classes_block, ONE_BLOCK=one_block, num_warps=warps,
         )  # fmt: skip
 
 
@@ -524,34 +528,50 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[Tensor | 
     return (target.long() != options.ignore_index).sum(), 1.0
 
 
+# The compiler may hand over sizes and options as symbols. What a kernel is compiled for must be a number: only the
+# outcome of an `if` is one.
+
+
 def _special(temperature: float) -> int:
     """The temperatures for which one exponential gives the other; 0 for the rest."""
-    return int(temperature) if temperature in (1, 2) else 0
+    if temperature == 1:
+        return 1
+    return 2 if temperature == 2 else 0
+
+
+def _power_of_2(size: int, largest: int) -> int:
+    """The smallest power of two that holds `size`, `largest` at most."""
+    power = 1
+    while power < largest and power < size:
+        power *= 2
+    return power
+
+
+def _lanes_on_rows(flat: Tensor) -> bool:
+    """Whether neighbours in memory are rows (pixels), not classes."""
+    _, class_stride, row_stride = _strides(flat)
+    return class_stride != 1 and row_stride == 1
 
 
 def _reduction_block(flat: Tensor) -> tuple[int, int, int]:
     """ROWS, CLASSES and warps of a program that reduces over the classes."""
     classes = flat.shape[1]
-    _, class_stride, row_stride = _strides(flat)
-    if class_stride != 1 and row_stride == 1:
-        # Neighbours in memory are rows (pixels): give the lanes to them and keep enough classes for one block.
-        classes_block = min(triton.next_power_of_2(classes), 128)
-        return max(4096 // classes_block, 16), classes_block, 8
-    # Neighbours are classes. 16 elements of both sets of logits a thread leave registers for the arithmetic: 16 warps
-    # hold 8192 classes without spilling, 16384 spill. Few classes: several rows share a program.
-    classes_block = min(triton.next_power_of_2(classes), 8192 if classes <= 8192 else 4096)
+    if _lanes_on_rows(flat):
+        # 4096 elements, with as many classes as one block can have and 32 pixels at least to fill a memory line.
+        classes_block = _power_of_2(classes, 128)
+        return 4096 // classes_block, classes_block, 8
+    # 16 elements of both sets of logits a thread leave registers for the arithmetic: 16 warps hold 8192 classes without
+    # spilling, 16384 spill. Few classes: several rows share a program.
+    classes_block = _power_of_2(classes, 8192)
+    if classes > classes_block:
+        classes_block = 4096
     rows_block = max(1, 1024 // classes_block)
-    return rows_block, classes_block, min(max(rows_block * classes_block // 512, 1), 16)
+    return rows_block, classes_block, min(rows_block * classes_block // 512, 16)
 
 
 def _elementwise_block(flat: Tensor) -> tuple[int, int]:
     """ROWS and CLASSES of a program that treats every element alone: 2048 of them, along whatever is contiguous."""
-    classes = flat.shape[1]
-    _, class_stride, row_stride = _strides(flat)
-    if class_stride != 1 and row_stride == 1:
-        classes_block = min(triton.next_power_of_2(classes), 16)
-    else:
-        classes_block = min(triton.next_power_of_2(classes), 2048)
+    classes_block = _power_of_2(flat.shape[1], 16 if _lanes_on_rows(flat) else 2048)
     return 2048 // classes_block, classes_block
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from importlib.util import find_spec
 from numbers import Real
 from types import ModuleType
@@ -153,15 +152,16 @@ class WSLLoss(nn.Module):
 
 
 def check_options(options: Options) -> None:
+    """Raise ValueError for an option out of range. Plain comparisons, which the compiler can trace for any number."""
     for name, value in zip(("temperature", "alpha", "hard_weight", "label_smoothing"), options):
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if options.temperature <= 0:
-        raise ValueError(f"temperature must be > 0, got {options.temperature!r}")
-    if options.alpha < 0:
-        raise ValueError(f"alpha must be >= 0, got {options.alpha!r}")
-    if options.hard_weight < 0:
-        raise ValueError(f"hard_weight must be >= 0, got {options.hard_weight!r}")
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 < options.temperature < math.inf:
+        raise ValueError(f"temperature must be finite and > 0, got {options.temperature!r}")
+    if not 0 <= options.alpha < math.inf:
+        raise ValueError(f"alpha must be finite and >= 0, got {options.alpha!r}")
+    if not 0 <= options.hard_weight < math.inf:
+        raise ValueError(f"hard_weight must be finite and >= 0, got {options.hard_weight!r}")
     if not 0 <= options.label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing!r}")
     if not isinstance(options.ignore_index, int) or isinstance(options.ignore_index, bool):
@@ -182,8 +182,7 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     shape = student.shape
     if teacher.shape != shape:
         raise ValueError(
-            "student_logits and teacher_logits must have the same shape, "
-            f"got {tuple(shape)} and {tuple(teacher.shape)}"
+            f"student_logits and teacher_logits must have the same shape, got {tuple(shape)} and {tuple(teacher.shape)}"
         )
     if not shape:
         raise ValueError("student_logits must be (C,), (N, C) or (N, C, d1, ..., dk), got a scalar")
@@ -201,9 +200,7 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         kind = "class indices (an integer dtype) must have the shape of the logits without the class dimension"
         expected = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
     if target.shape != expected:
-        raise ValueError(
-            f"target of {kind}, {tuple(expected)} for logits of {tuple(shape)}, got {tuple(target.shape)}"
-        )
+        raise ValueError(f"target of {kind}, {tuple(expected)} for logits of {tuple(shape)}, got {tuple(target.shape)}")
     if not student.device == teacher.device == target.device:
         raise ValueError(
             "student_logits, teacher_logits and target must be on the same device, "
@@ -239,7 +236,8 @@ class _WSL(Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-        ahead = ctx.needs_input_grad[0] and student.dtype != torch.float16
+        compiled = torch.compiler.is_compiling()  # decides by itself what to compute ahead and what to keep
+        ahead = ctx.needs_input_grad[0] and student.dtype != torch.float16 and not compiled
         loss: Tensor
         loss, ctx.gradient, state = implementation(student, teacher).forward(student, teacher, target, options, ahead)
         ctx.options = options
@@ -255,8 +253,10 @@ class _WSL(Function):
             ctx.gradient = None
             return implementation(gradient, gradient).scale_(gradient, upstream), None, None, None
         student, teacher, target, *state = ctx.saved_tensors
-        backend = implementation(student, teacher)
-        return backend.backward(student, teacher, target, tuple(state), upstream, ctx.options), None, None, None
+        gradient = implementation(student, teacher).backward(
+            student, teacher, target, tuple(state), upstream, ctx.options
+        )
+        return gradient, None, None, None
 
 
 class _TransformableWSL(_WSL):

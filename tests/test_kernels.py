@@ -1,0 +1,234 @@
+"""The Triton kernels, on a GPU where there is one and through Triton's interpreter where there is none.
+
+Sizes are chosen by regime: 5 classes share a program with other rows; 1000 fill one block; 20000 take several, so the
+online rescaling and the tail are at work; (N, C, d) with C inside has its lanes on the pixels, and 150 classes there
+take two blocks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from budget import assert_as_reference, step
+from test_loss import INF, NAN, STRIDED, float64_weight, memorised, problem
+
+from weighted_soft_labels import loss as loss_module
+from weighted_soft_labels import reference, wsl_loss
+from weighted_soft_labels.analysis import wsl_terms
+
+_triton = pytest.importorskip(
+    "weighted_soft_labels._triton", reason="Triton is not installed beside this build of torch", exc_type=ImportError
+)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REGIMES = [(3, 5), (2, 1000), (2, 20000), (2, 19, 3, 5), (1, 150, 20)]
+
+# What the interpreter computes it computes in NumPy, which mentions every infinity that it meets.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch):
+    """Everything but float64 goes to the kernels, on the CPU too."""
+    original = loss_module.implementation
+
+    def implementation(student, teacher):
+        if torch.float64 in (student.dtype, teacher.dtype):
+            return original(student, teacher)
+        return _triton
+
+    monkeypatch.setattr(loss_module, "implementation", implementation)
+    monkeypatch.setattr("weighted_soft_labels.analysis.implementation", implementation)
+
+
+def on_device(*tensors):
+    return [tensor.to(DEVICE) for tensor in tensors]
+
+
+@pytest.mark.parametrize("shape", REGIMES)
+@pytest.mark.parametrize(("temperature", "label_smoothing"), [(1.0, 0.1), (2.0, 0.0), (3.3, 0.1), (4.0, 1.0)])
+@pytest.mark.parametrize("kind", ["ignored", "probabilities"])
+def test_every_regime(shape, temperature, label_smoothing, kind):
+    inputs = on_device(*problem(shape, ignored=kind == "ignored", probabilities=kind == "probabilities"))
+    assert_as_reference(*inputs, temperature=temperature, label_smoothing=label_smoothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_every_dtype_and_mixture(dtype, teacher_dtype):
+    student, teacher, target = on_device(*problem((3, 33), ignored=True))
+    assert_as_reference(student.to(dtype), teacher.to(teacher_dtype), target)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
+@pytest.mark.parametrize(("hard_weight", "alpha"), [(0.0, 1.0), (0.5, 0.0)])
+def test_every_option(reduction, kind, hard_weight, alpha):
+    for shape in [(5,), (3, 6), (2, 6, 5)]:
+        if shape == (5,) and kind == "ignored":
+            continue
+        inputs = on_device(*problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored"))
+        assert_as_reference(*inputs, reduction=reduction, hard_weight=hard_weight, alpha=alpha)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_every_integer_target(dtype):
+    student, teacher, target = on_device(*problem((3, 10)))
+    torch.testing.assert_close(wsl_loss(student, teacher, target.to(dtype)), wsl_loss(student, teacher, target))
+
+
+@pytest.mark.parametrize("layout", STRIDED)
+def test_any_strides_and_the_teacher_has_its_own(layout):
+    for shape in [(4, 7), (2, 5, 4, 6)]:
+        student, teacher, target = on_device(*problem(shape))
+        for other in ("sliced", "channels last"):
+            assert_as_reference(STRIDED[layout](student), STRIDED[other](teacher), target, reduction="none")
+        assert_as_reference(
+            teacher, STRIDED[layout](student), STRIDED[layout](problem(shape, probabilities=True)[2]).to(DEVICE)
+        )
+
+
+def test_one_row_and_one_class_block_exactly():
+    for shape in [(1, 2), (1, 1024), (9, 128), (1, 4096 * 2 + 1)]:
+        assert_as_reference(*on_device(*problem(shape)))
+
+
+@pytest.mark.parametrize("classes", [10, 20000])
+def test_weight_is_exact_for_memorising_teachers(classes):
+    margins = torch.linspace(0, 28, 29) + math.log(classes)
+    teacher = memorised(classes, margins, 7.3) + 0.3 * torch.randn(
+        len(margins), classes, generator=torch.Generator().manual_seed(0)
+    )
+    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(torch.tensor(1), classes)
+    target = torch.ones(len(margins), dtype=torch.long)
+    expected = float64_weight(student, teacher, 1).to(DEVICE)
+    student, teacher, target = on_device(student, teacher, target)
+    for temperature in (2.0, 3.0):
+        assert (wsl_terms(student, teacher, target, temperature=temperature).weight - expected).abs().max() < 1e-6
+    probabilities = F.one_hot(target, classes).float()
+    assert (wsl_terms(student, teacher, probabilities).weight - expected).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [2.0, 3.0])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_masked_classes(temperature, probabilities):
+    student = torch.tensor([[0, -INF, 1.0], [0, -INF, 1], [0, -INF, 1], [0, 0, -INF], [2, 1, 0]])
+    teacher = torch.tensor([[1.0, -INF, 0], [1, 0.5, 0], [1, -INF, 0], [0, 0, 1], [-INF, 1, 0]])
+    target = torch.tensor([0, 0, 1, 1, 1])
+    label = F.one_hot(target, 3).float() if probabilities else target
+    assert_as_reference(*on_device(student, teacher, label), temperature=temperature, reduction="none")
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_a_whole_block_of_masked_classes(label_smoothing):
+    """The first block of 4096 and the last hold nothing for one or both sets of logits, and the maximum comes late."""
+    student, teacher, target = problem((4, 13000))
+    target[:] = 5000
+    student[0, :4096] = teacher[0, :4096] = -INF
+    teacher[1, :4096] = -INF
+    student[2, 8192:] = teacher[2, 8192:] = -INF
+    student[3, 12999], teacher[3, 12998] = 90, 120
+    for label in (target, F.one_hot(target, 13000).float()):
+        assert_as_reference(*on_device(student, teacher, label), label_smoothing=label_smoothing, reduction="none")
+
+
+@pytest.mark.parametrize("poison", [NAN, INF])
+def test_nan_and_inf_poison_their_row_only(poison):
+    for shape in [(4, 6), (4, 9000)]:
+        student, teacher, target = on_device(*problem(shape))
+        expected = wsl_loss(student, teacher, target, reduction="none")
+        student[2, 3] = teacher[1, 4] = poison
+        loss = wsl_loss(student, teacher, target, reduction="none")
+        assert loss[1:3].isnan().all()
+        torch.testing.assert_close(loss[[0, 3]], expected[[0, 3]])
+
+
+@pytest.mark.parametrize("garbage", [NAN, -INF])
+def test_ignored_elements_are_inert_and_their_gradient_is_written(garbage, monkeypatch):
+    student, teacher, target = on_device(*problem((5, 7)))
+    kept = torch.tensor([0, 2, 3], device=DEVICE)
+    expected, expected_gradient = step(wsl_loss, student[kept], teacher[kept], target[kept])
+    for ignored in (1, 4):
+        student[ignored], teacher[ignored], target[ignored] = garbage, garbage, -100
+    empty_like = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(NAN))
+    loss, gradient = step(wsl_loss, student, teacher, target)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient[kept], expected_gradient)
+    assert gradient[[1, 4]].eq(0).all()
+
+
+@pytest.mark.parametrize("index", [10, 2**31, -1])
+def test_index_that_names_no_class_is_nan_and_follows_no_pointer(index):
+    student, teacher, target = on_device(*problem((3, 10)))
+    target[1] = index
+    loss, gradient = step(wsl_loss, student, teacher, target, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().any(1).tolist() == [False, True, False]
+
+
+def test_nothing_to_average():
+    for shape in [(0, 5), (2, 5, 0)]:
+        for probabilities in (False, True):
+            student, teacher, target = on_device(*problem(shape, probabilities=probabilities))
+            assert wsl_loss(student, teacher, target).isnan()
+            loss, gradient = step(wsl_loss, student, teacher, target, reduction="sum")
+            assert loss == 0
+            assert gradient.shape == shape
+    student, teacher, target = on_device(*problem((3, 5)))
+    target[:] = -100
+    loss, gradient = step(wsl_loss, student, teacher, target)
+    assert loss.isnan()
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(4, 10), (2, 5, 6)])
+def test_any_incoming_gradient_and_a_retained_graph(dtype, shape):
+    student, teacher, target = on_device(*problem(shape, ignored=True, dtype=dtype))
+    upstream = torch.rand(target.shape, device=DEVICE)
+    options = {"reduction": "none", "label_smoothing": 0.1}
+    _, expected = step(
+        reference.wsl_loss, student.double(), teacher.double(), target, upstream=upstream.double(), **options
+    )
+    student.requires_grad_()
+    loss = wsl_loss(student, teacher, target, **options)
+    rtol = 4 * torch.finfo(dtype).eps + 2e-6
+    for factor in (1.0, 3.0):
+        (gradient,) = torch.autograd.grad(loss, student, upstream * factor, retain_graph=True)
+        torch.testing.assert_close(gradient.double(), expected * factor, rtol=rtol, atol=rtol * expected.abs().max().item())
+        gradient.fill_(NAN)
+    (ones,) = torch.autograd.grad(loss.sum(), student)
+    torch.testing.assert_close(ones, step(wsl_loss, student, teacher, target, **{**options, "reduction": "sum"})[1])
+
+
+def test_float16_gradient_survives_a_gradient_scaler():
+    student, _, target = problem((512, 4), dtype=torch.float16, scale=0.01)
+    student, target = on_device(student / 100, target)
+    student[:, 0] += 12  # most gradients are 1e-8, far below float16 when divided by N
+    _, exact = step(reference.wsl_loss, student.double(), student.double(), target)
+    _, gradient = step(wsl_loss, student, student, target, upstream=torch.tensor(65536.0, device=DEVICE))
+    assert ((gradient.double() / 65536 - exact).abs() <= 1e-3 * exact.abs() + 1e-12).all()
+
+
+def test_create_graph_and_func_grad():
+    student, teacher, target = on_device(*problem((4, 5)))
+    _, expected = step(wsl_loss, student, teacher, target)
+    torch.testing.assert_close(torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student), expected)
+    student.requires_grad_()
+    (gradient,) = torch.autograd.grad(wsl_loss(student, teacher, target), student, create_graph=True)
+    torch.testing.assert_close(gradient, expected)
+    with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
+        gradient.sum().backward()
+
+
+def test_inputs_are_never_written():
+    for shape in [(4, 10), (2, 5, 6)]:
+        tensors = on_device(*problem(shape, ignored=True))
+        copies = [tensor.clone() for tensor in tensors]
+        step(wsl_loss, *tensors, upstream=torch.tensor(3.0, device=DEVICE))
+        wsl_terms(*tensors)
+        for tensor, copied in zip(tensors, copies, strict=True):
+            torch.testing.assert_close(tensor, copied, rtol=0, atol=0)

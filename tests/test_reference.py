@@ -1,0 +1,61 @@
+"""The judge is judged: by an independent transcription and by what the published implementations computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy_wsl import wsl
+
+from weighted_soft_labels import reference
+
+VECTORS = np.load(Path(__file__).parent / "data" / "official_vectors.npz")
+CASES = sorted({key.split("/")[0] for key in VECTORS.files})
+
+
+def loss_and_gradient(student, teacher, target, **options):
+    student = torch.from_numpy(student).double().requires_grad_()
+    loss = reference.wsl_loss(student, torch.from_numpy(teacher).double(), torch.from_numpy(target), **options)
+    loss.backward()
+    return loss.item(), student.grad.numpy()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_published_implementations(case):
+    fields = {key.split("/")[1]: VECTORS[key] for key in VECTORS.files if key.startswith(case + "/")}
+    options = {name: float(fields[name]) for name in ("temperature", "alpha", "hard_weight", "label_smoothing")}
+    loss, gradient = loss_and_gradient(fields["student_logits"], fields["teacher_logits"], fields["target"], **options)
+    np.testing.assert_allclose(loss, fields["loss"], rtol=1e-12, atol=0)
+    np.testing.assert_allclose(gradient, fields["grad"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
+@pytest.mark.parametrize(
+    ("hard_weight", "alpha", "label_smoothing"), [(1.0, 2.5, 0.0), (0.0, 1.0, 0.0), (0.7, 0.0, 0.1), (1.0, 2.25, 1.0)]
+)
+def test_agrees_with_numpy(probabilities, temperature, hard_weight, alpha, label_smoothing):
+    rng = np.random.default_rng(0)
+    student, teacher = 3 * rng.standard_normal((2, 9, 7))
+    target = rng.dirichlet(np.ones(7), 9) if probabilities else rng.integers(0, 7, 9)
+    options = {
+        "temperature": temperature,
+        "alpha": alpha,
+        "hard_weight": hard_weight,
+        "label_smoothing": label_smoothing,
+    }
+    loss, gradient = loss_and_gradient(student, teacher, target, **options)
+    expected, expected_gradient = wsl(student, teacher, target, **options)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-13)
+
+
+def test_supports_double_backward():
+    student = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    teacher, target = torch.randn(3, 5, dtype=torch.float64), torch.tensor([0, 4, 2])
+    loss = reference.wsl_loss(student, teacher, target, hard_weight=1.0, alpha=0.0)
+    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), student)
+    assert second.abs().sum() > 0
