@@ -557,9 +557,9 @@ def _reduction_block(flat: Tensor) -> tuple[int, int, int]:
     """ROWS, CLASSES and warps of a program that reduces over the classes."""
     classes = flat.shape[1]
     if _lanes_on_rows(flat):
-        # 4096 elements, with as many classes as one block can have and 32 pixels at least to fill a memory line.
-        classes_block = _power_of_2(classes, 128)
-        return 4096 // classes_block, classes_block, 8
+        # As many classes as leave 32 pixels, which fill a memory line; 8 elements of both sets of logits a thread.
+        classes_block = _power_of_2(classes, 64)
+        return 2048 // classes_block, classes_block, 8
     # 16 elements of both sets of logits a thread leave registers for the arithmetic: 16 warps hold 8192 classes without
     # spilling, 16384 spill. Few classes: several rows share a program.
     classes_block = _power_of_2(classes, 8192)

@@ -1,0 +1,37 @@
+"""The README's Python runs as printed, top to bottom."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_every_python_block_runs():
+    torch.manual_seed(0)
+    namespace: dict[str, object] = {}
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert len(blocks) >= 8
+    for block in blocks:
+        namespace.pop("loss", None)
+        exec(block, namespace)
+        if "loss" in namespace:
+            loss = namespace["loss"]
+            assert isinstance(loss, torch.Tensor)
+            assert loss.isfinite()
+            loss.backward()
+
+
+def test_signature_in_the_readme_is_the_function():
+    import inspect
+
+    from weighted_soft_labels import wsl_loss
+
+    printed = re.search(r"^wsl_loss\((.*?)\) -> Tensor", README, re.MULTILINE | re.DOTALL)
+    assert printed is not None
+    parameters = [re.sub(r": '[^']*'| ", "", str(p)) for p in inspect.signature(wsl_loss).parameters.values()]
+    parameters.insert(3, "*")
+    assert re.sub(r"\s", "", printed[1]).replace('"', "'").split(",") == parameters
