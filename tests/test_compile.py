@@ -126,10 +126,15 @@ def test_module_inside_a_compiled_training_step():
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_compiled_func_grad():
+def test_compiled_func_grad_is_right_or_refused():
+    """The compiler of torch 2.11 to 2.13 differentiates through the forward of an autograd.Function here."""
     student, teacher, target = problem((4, 10))
-    gradient = compiled(torch.func.grad(lambda s: wsl_loss(s, teacher, target)))(student)
-    torch.testing.assert_close(gradient, step(wsl_loss, student, teacher, target)[1], rtol=1e-5, atol=1e-6)
+    try:
+        gradient = compiled(torch.func.grad(lambda s: wsl_loss(s, teacher, target)))(student)
+    except Exception as error:
+        assert "leave the transform out of the compiled code" in str(error)  # noqa: PT017
+    else:
+        torch.testing.assert_close(gradient, step(wsl_loss, student, teacher, target)[1], rtol=1e-5, atol=1e-6)
 
 
 def run_python(code, **environment):

@@ -198,7 +198,9 @@ def test_any_incoming_gradient_and_a_retained_graph(dtype, shape):
     rtol = 4 * torch.finfo(dtype).eps + 2e-6
     for factor in (1.0, 3.0):
         (gradient,) = torch.autograd.grad(loss, student, upstream * factor, retain_graph=True)
-        torch.testing.assert_close(gradient.double(), expected * factor, rtol=rtol, atol=rtol * expected.abs().max().item())
+        torch.testing.assert_close(
+            gradient.double(), expected * factor, rtol=rtol, atol=rtol * expected.abs().max().item()
+        )
         gradient.fill_(NAN)
     (ones,) = torch.autograd.grad(loss.sum(), student)
     torch.testing.assert_close(ones, step(wsl_loss, student, teacher, target, **{**options, "reduction": "sum"})[1])

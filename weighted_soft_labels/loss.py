@@ -99,7 +99,7 @@ def wsl_loss(
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     check_options(options)
     check_tensors(student_logits, teacher_logits, target)
-    function = _TransformableWSL if _under_transform() else _WSL
+    function = _TransformableWSL if not torch.compiler.is_compiling() and _under_transform() else _WSL
     # Nothing of the teacher's graph, or of a learned target's, is kept alive by the loss.
     teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     target = target.detach() if target.requires_grad else target
@@ -220,9 +220,10 @@ def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     return _eager
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _under_transform() -> bool:
-    """Whether torch.func works on the arguments; the compiler takes care of that by itself."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether torch.func is at work; while a graph is traced, on the code that is traced."""
+    return torch._C._are_functorch_transforms_active()
 
 
 class _WSL(Function):
@@ -237,6 +238,12 @@ class _WSL(Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
         compiled = torch.compiler.is_compiling()  # decides by itself what to compute ahead and what to keep
+        if compiled and not ctx.needs_input_grad[0] and _under_transform():
+            # torch 2.11 to 2.13 forget about `backward` here and would differentiate the weight too, without a word.
+            raise NotImplementedError(
+                "torch.compile of a torch.func transform of wsl_loss needs a newer torch (2.15 is tested), "
+                f"got {torch.__version__}; leave the transform out of the compiled code"
+            )
         ahead = ctx.needs_input_grad[0] and student.dtype != torch.float16 and not compiled
         loss: Tensor
         loss, ctx.gradient, state = implementation(student, teacher).forward(student, teacher, target, options, ahead)
