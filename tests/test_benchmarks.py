@@ -1,4 +1,4 @@
-"""The benchmark scripts run, and the kernels compile for GPUs that are not here: one that only works interpreted fails."""
+"""The benchmark scripts run, and the kernels compile for GPUs that are not here: none may work interpreted only."""
 
 from __future__ import annotations
 

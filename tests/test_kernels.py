@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from budget import assert_as_reference, step
-from test_loss import INF, NAN, STRIDED, float64_weight, memorised, problem
+from test_loss import INF, NAN, STRIDED, far_apart, float64_weight, memorised, problem
 
 from weighted_soft_labels import loss as loss_module
 from weighted_soft_labels import reference, wsl_loss
@@ -234,3 +234,77 @@ def test_inputs_are_never_written():
         wsl_terms(*tensors)
         for tensor, copied in zip(tensors, copies, strict=True):
             torch.testing.assert_close(tensor, copied, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_p_minus_1_is_not_rounded_to_half_precision_first(dtype):
+    student = torch.zeros(1, 10, dtype=dtype, device=DEVICE)
+    student[0, 3] = 9.0
+    target = torch.tensor([3], device=DEVICE)
+    _, exact = step(F.cross_entropy, student.double(), target)
+    _, ours = step(wsl_loss, student, student, target, alpha=0.0)
+    torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU such memory is not free of charge")
+@pytest.mark.parametrize("shape", [(2, 10), (2, 3, 4)])
+def test_offsets_beyond_32_bits(shape):
+    student, teacher, target = problem(shape, dtype=torch.float16)
+    assert_as_reference(far_apart(shape).copy_(student), far_apart(shape).copy_(teacher), target)
+
+
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_nothing_is_read_back_to_the_host(probabilities, monkeypatch):
+    """Tensors without data have nothing to read; whoever tries gets an error."""
+    launched = []
+
+    class Launch:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: launched.append(self.name)
+
+    for name in ("_forward_kernel", "_backward_kernel", "_scale_kernel"):
+        monkeypatch.setattr(_triton, name, Launch(name))
+    for shape in [(8, 10), (2, 5, 6)]:
+        inputs = [tensor.to("meta") for tensor in problem(shape, probabilities=probabilities)]
+        for options in ({}, {"reduction": "none"}):
+            launched.clear()
+            student = inputs[0].detach().requires_grad_()
+            wsl_loss(student, *inputs[1:], **options).sum().backward()
+            assert launched == ["_forward_kernel", "_scale_kernel"]
+            launched.clear()
+            student = inputs[0].detach().half().requires_grad_()
+            wsl_loss(student, *inputs[1:], **options).sum().backward()
+            assert launched == ["_forward_kernel", "_backward_kernel"]
+        wsl_terms(*inputs)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_host_synchronisation_and_graph_capture():
+    student, teacher, target = on_device(*problem((64, 100), ignored=True))
+    expected = step(wsl_loss, student, teacher, target)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        synchronised = step(wsl_loss, student, teacher, target)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(synchronised, expected)
+    student.requires_grad_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = wsl_loss(student, teacher, target)
+        (gradient,) = torch.autograd.grad(loss, student)
+    with torch.no_grad():
+        student.mul_(0.5)
+    graph.replay()
+    torch.testing.assert_close((loss.detach(), gradient), step(wsl_loss, student, teacher, target))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_device_that_is_not_the_current_one():
+    inputs = [tensor.to("cuda:1") for tensor in problem((8, 10))]
+    expected = step(wsl_loss, *(tensor.to("cuda:0") for tensor in inputs))
+    for ours, theirs in zip(step(wsl_loss, *inputs), expected, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs.cpu())

@@ -202,6 +202,27 @@ def test_gradient_at_a_confident_label_does_not_cancel():
     torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_p_minus_1_is_not_rounded_to_half_precision_first(dtype):
+    student = torch.zeros(1, 10, dtype=dtype)
+    student[0, 3] = 9.0  # 1 - p = 1.1e-3, where bfloat16 goes in steps of 4e-3
+    _, exact = step(F.cross_entropy, student.double(), torch.tensor([3]))
+    _, ours = step(wsl_loss, student, student, torch.tensor([3]), alpha=0.0)
+    torch.testing.assert_close(ours.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def far_apart(shape, dtype=torch.float16):
+    """Logits whose rows lie more than 2^31 elements apart; only the pages that are touched take memory."""
+    memory = torch.empty(2**31 + 64, dtype=dtype)
+    return memory.as_strided(shape, (2**31 + 8, *torch.empty(shape).stride()[1:]))
+
+
+@pytest.mark.parametrize("shape", [(2, 10), (2, 3, 4)])
+def test_offsets_beyond_32_bits(shape):
+    student, teacher, target = problem(shape, dtype=torch.float16)
+    assert_as_reference(far_apart(shape).copy_(student), far_apart(shape).copy_(teacher), target)
+
+
 # --- extreme logits ---
 
 
