@@ -220,10 +220,13 @@ def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     return _eager
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _under_transform() -> bool:
     """Whether torch.func is at work; while a graph is traced, on the code that is traced."""
     return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result does; calling that would import the compiler, which takes seconds.
+_under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _WSL(Function):
