@@ -39,6 +39,7 @@ def test_loss_benchmark_writes_its_table(tmp_path):
         "official",
         "official, compiled",
         "cross_entropy",
+        "cross_entropy, compiled",
         "wsl_loss",
         "wsl_loss, compiled",
     ]

@@ -2,7 +2,7 @@
 
 Runs wherever the kernels do not: on CPU, MPS, CUDA without Triton, and in float64. Two forms of one algebra:
 
-``_closed_form``, ``_closed_form_gradient``
+``_loss``, ``_closed_form_gradient``
     Plain operators on whole tensors, right on every input. This is what ``torch.compile`` sees and fuses.
 ``_confident_tile``
     In place, on tiles that stay in the cache, for index targets on a CPU. It serves the rows that training
@@ -31,9 +31,10 @@ if TYPE_CHECKING:
 
 EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
 
-# Elements in a tile. Measured at 4096x1000 and 1024x32000 on two cores: 2**16 pays more for starting
-# operators than it gains from the cache, 2**21 falls out of it; flat between 2**18 and 2**20.
-TILE = 2**19
+# Elements in a tile, of which there are two in scratch memory. From 2**17 to 2**20 a step of 512x21841 gets a fifth
+# faster, as starting operators costs more than leaving the cache; beyond that it is memory that grows.
+TILE = 2**20
+# Classes that the norm adds up at once; see `_sum_of_squares`.
 FOLD = 1024
 
 
@@ -45,12 +46,13 @@ def forward(
         loss, gradient = _tiles(student, teacher, target, options, with_gradient)
         return loss, gradient, ()
     label, kept = _label(student, target, options.ignore_index)
-    rows, state = _loss(student, teacher, label, kept, options)
-    rows = rows.squeeze(_class_dim(student))
+    scale = student.new_ones((), dtype=_compute_dtype(student, teacher))
+    if options.reduction == "mean":
+        scale = scale / (student.numel() // student.shape[_class_dim(student)] if kept is None else kept.sum())
+    rows, state = _loss(student, teacher, label, kept, scale, options)
     if options.reduction == "none":
-        return rows, None, state
-    loss = rows.sum()
-    return (loss / _count(rows, kept) if options.reduction == "mean" else loss), None, state
+        return rows.squeeze(_class_dim(student)), None, state
+    return rows.sum() * scale, None, state
 
 
 def backward(
@@ -72,8 +74,6 @@ def backward(
     label, kept = _label(student, target, options.ignore_index)
     if options.reduction == "none":
         upstream = upstream.unsqueeze(dim)
-    elif options.reduction == "mean":
-        upstream = upstream / _count(state[0], kept)
     return _closed_form_gradient(student, teacher, label, kept, state, upstream, options)
 
 
@@ -110,6 +110,7 @@ class _Row(NamedTuple):
     peak: Tensor
     rest: Tensor  # sum exp(z) - 1, without cancellation
     soft_sum: Tensor  # sum exp(z / T)
+    label_z: Tensor  # z of the label; of a target of probabilities their expectation of z
     ce: Tensor
 
 
@@ -119,11 +120,6 @@ def _class_dim(logits: Tensor) -> int:
 
 def _compute_dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-
-
-def _count(rows: Tensor, kept: Tensor | None) -> Tensor | int:
-    """The denominator of the mean."""
-    return rows.numel() if kept is None else kept.sum()
 
 
 def _label(student: Tensor, target: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None]:
@@ -142,29 +138,41 @@ def _exponentials(z: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     if temperature == 1:
         e = z.exp()
         return e, e
-    if temperature == 2:
-        soft = (z * 0.5).exp()
-        return soft * soft, soft
-    return z.exp(), (z / temperature).exp()
+    soft = _over(z, temperature).exp()
+    return soft * soft if temperature == 2 else z.exp(), soft
 
 
 def _dot(mass: Tensor, value: Tensor, dim: int) -> Tensor:
     """``sum_c mass_c * value_c``, where no mass times an infinite value is 0."""
+    if _tiled(value):
+        total = (mass * value).sum(dim, keepdim=True)
+        if not total.isnan().any():
+            return total
     return torch.where(mass == 0, 0.0, mass * value).sum(dim, keepdim=True)
 
 
 def _row(logits: Tensor, label: Tensor, temperature: float, dim: int, poison: Tensor | float = 0.0) -> _Row:
-    peak = logits.amax(dim, keepdim=True) + poison
+    # All but one of the classes at the maximum belong to the rest, which is summed without that one: by its index,
+    # or, as only comparisons fuse, without all of them, each of which then counts exp(0) = 1.
+    index = None
+    if torch.compiler.is_compiling():
+        peak = logits.amax(dim, keepdim=True)
+    else:
+        peak, index = logits.max(dim, keepdim=True)
+    peak = torch.where(peak == math.inf, math.nan, peak) + poison
     z = logits - peak
     e, soft = _exponentials(z, temperature)
-    # All but one of the classes at the maximum belong to the rest; each of them counts exp(0) = 1.
-    at_peak = z == 0
-    rest = torch.where(at_peak, 0.0, e).sum(dim, keepdim=True) + (at_peak.sum(dim, True, dtype=z.dtype) - 1)
-    if label.is_floating_point():
-        ce = label.sum(dim, keepdim=True) * rest.log1p() - _dot(label, z, dim)
+    if index is None:
+        at_peak = z == 0
+        rest = torch.where(at_peak, 0.0, e).sum(dim, keepdim=True) + (at_peak.sum(dim, True, dtype=z.dtype) - 1)
     else:
-        ce = rest.log1p() - (logits.gather(dim, label) - peak)
-    return _Row(z, soft, peak, rest, soft.sum(dim, keepdim=True), ce)
+        rest = e.scatter(dim, index, 0.0).sum(dim, keepdim=True)
+    log_z = rest.log1p()
+    if label.is_floating_point():
+        log_z, label_z = label.sum(dim, keepdim=True) * log_z, _dot(label, z, dim)
+    else:
+        label_z = logits.gather(dim, label) - peak
+    return _Row(z, soft, peak, rest, soft.sum(dim, keepdim=True), label_z, log_z - label_z)
 
 
 def _statistics(
@@ -209,9 +217,14 @@ def _terms(
 
 
 def _loss(
-    student_logits: Tensor, teacher_logits: Tensor, label: Tensor, kept: Tensor | None, options: Options
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The loss of every element, and the numbers of each from which `_closed_form_gradient` follows."""
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    label: Tensor,
+    kept: Tensor | None,
+    scale: Tensor | float,
+    options: Options,
+) -> tuple[Tensor, tuple[Any, ...]]:
+    """The loss of every element, and the numbers of each from which its gradient, times `scale`, follows."""
     dim = _class_dim(student_logits)
     smoothing, temperature = options.label_smoothing, options.temperature
     student, teacher = _statistics(student_logits, teacher_logits, label, kept, temperature)
@@ -229,21 +242,40 @@ def _loss(
         weighted = torch.where((weight == 0) & (soft == math.inf), math.inf, weight * soft)
         loss = loss + (options.alpha * temperature**2) * weighted
 
-    mass: Tensor | float = 1.0
+    hard_weight = options.hard_weight * scale
+    soft_scale = options.alpha * temperature * weight * scale
+    total = 1 + student.rest
+    hard_scale = hard_weight / total
     if kept is None:
-        mass = label.to(weight.dtype).sum(dim, keepdim=True) * (1 - smoothing) + smoothing
+        hard_scale = hard_scale * (label.to(total.dtype).sum(dim, keepdim=True) * (1 - smoothing) + smoothing)
+        at_label = hard_weight * (1 - smoothing)
     else:
         loss = torch.where(kept, loss, 0.0)
-    hard_scale = options.hard_weight * mass / (1 + student.rest)
+        # p_y - 1 = -(Z - e_y) / Z, which does not cancel: the rest where the label is a maximum.
+        others = torch.where(student.label_z == 0, student.rest, total - student.label_z.exp())
+        at_label = hard_weight * (smoothing * (1 - 1 / student_logits.shape[dim]) - others / total)
+        if options.alpha:
+            student_soft = _over(student.label_z, temperature).exp() / student.soft_sum
+            at_label = at_label + soft_scale * (
+                student_soft - _over(teacher.label_z, temperature).exp() / teacher.soft_sum
+            )
     return loss, (
         student.peak,
         teacher.peak,
-        student.rest,
         student.soft_sum.log(),
         teacher.soft_sum.log(),
-        options.alpha * temperature * weight,
         hard_scale * student.soft_sum**2 if temperature == 2 else hard_scale,
+        soft_scale,
+        at_label,
+        hard_weight * (smoothing / student_logits.shape[dim]),
     )
+
+
+def _over(z: Tensor, temperature: float) -> Tensor:
+    """z / T; a division is slow, and half of a number is exact."""
+    if temperature == 1:
+        return z
+    return z * 0.5 if temperature == 2 else z / temperature
 
 
 def _closed_form_gradient(
@@ -251,51 +283,35 @@ def _closed_form_gradient(
     teacher: Tensor,
     label: Tensor,
     kept: Tensor | None,
-    state: tuple[Tensor, ...],
+    state: tuple[Any, ...],
     upstream: Tensor | float,
     options: Options,
 ) -> Tensor:
     """The gradient of one tile or of everything, from the logits and what `_loss` knew of each element.
 
-    Softmax is exp(z / T - log Z') here, not exp(z / T) / Z': were it the same expression as in the statistics, the
-    compiler would store the exponentials of both sets of logits from one loop for the other instead of computing
-    them again.
+    Written so that the compiler stores nothing of the size of the logits between forward and backward, and computes
+    what belongs to an element once: softmax is exp(z / T - log Z'), not exp(z / T) / Z', an expression of the forward;
+    `upstream` goes into the numbers of each element (in float32, before any rounding), not into their sum.
     """
     dim = _class_dim(student)
-    classes = student.shape[dim]
-    student_peak, teacher_peak, rest, student_log_sum, teacher_log_sum, soft_scale, hard_scale = state
-    dtype, temperature, smoothing = rest.dtype, options.temperature, options.label_smoothing
-    # `upstream` goes into the numbers of each element: in float32, at no cost, and, as nothing of the size of the
-    # logits is known before it is, the compiler has no reason to store any such thing between forward and backward.
-    hard_weight = options.hard_weight * upstream
-    hard_scale, soft_scale = hard_scale * upstream, soft_scale * upstream
+    student_peak, teacher_peak, student_log_sum, teacher_log_sum, *scales = state
+    hard_scale, soft_scale, at_label, uniform = (number * upstream for number in scales)
+    dtype, temperature = student_peak.dtype, options.temperature
 
-    def soft_term(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        softmax = ((student - student_peak) / temperature - student_log_sum).exp()
-        if not options.alpha:
-            return softmax, torch.zeros_like(softmax)
-        teacher_softmax = ((teacher - teacher_peak) / temperature - teacher_log_sum).exp()
-        return softmax, soft_scale * softmax - soft_scale * teacher_softmax
-
-    softmax, soft = soft_term(student.to(dtype), teacher.to(dtype))
-    if temperature == 2:
-        gradient = hard_scale * (softmax * softmax) + soft
-    else:
-        gradient = hard_scale * (student.to(dtype) - student_peak).exp() + soft
-    if smoothing:
-        gradient = gradient - hard_weight * (smoothing / classes)
+    student_z = student.to(dtype) - student_peak
+    softmax = (_over(student_z, temperature) - student_log_sum).exp()
+    gradient: Tensor = hard_scale * (softmax * softmax if temperature == 2 else student_z.exp())
+    if options.alpha:
+        teacher_softmax = (_over(teacher.to(dtype) - teacher_peak, temperature) - teacher_log_sum).exp()
+        gradient = gradient + (soft_scale * softmax - soft_scale * teacher_softmax)
+    if options.label_smoothing:
+        gradient = gradient - uniform
     if kept is None:
-        return (gradient - hard_weight * (1 - smoothing) * label.to(dtype)).to(student.dtype)
-
-    # p_y - 1 = -(Z - e_y) / Z, which does not cancel: the rest where the label is a maximum.
-    inside = label.clamp(0, classes - 1)
-    label_student, label_teacher = student.gather(dim, inside).to(dtype), teacher.gather(dim, inside).to(dtype)
-    label_z = label_student - student_peak
-    others = torch.where(label_z == 0, rest, 1 + rest - label_z.exp())
-    hard = hard_weight * (smoothing * (1 - 1 / classes) - others / (1 + rest))
-    at_label = hard + soft_term(label_student, label_teacher)[1]
+        gradient = gradient - at_label * label.to(dtype)
+        return gradient.to(student.dtype)
     gradient = torch.where(kept, gradient, 0.0).to(student.dtype)
-    return gradient.scatter(dim, inside, torch.where(kept, at_label, 0.0).to(student.dtype))
+    at_label = torch.where(kept, at_label, 0.0).to(student.dtype)
+    return gradient.scatter(dim, label.clamp(0, student.shape[dim] - 1), at_label)
 
 
 # --- tiles in the cache: CPU only, where looking at the data costs nothing ---
@@ -429,10 +445,10 @@ def _tile(
                 gradient.copy_(out)
             return scratch
         kept = torch.ones_like(label, dtype=torch.bool) if kept is None else kept
-    rows, state = _loss(student, teacher, label, kept, options)
+    rows, state = _loss(student, teacher, label, kept, scale, options)
     loss.copy_(rows)
     if gradient is not None:
-        gradient.copy_(_closed_form_gradient(student, teacher, label, kept, state, scale, options))
+        gradient.copy_(_closed_form_gradient(student, teacher, label, kept, state, 1.0, options))
     return scratch
 
 
@@ -496,7 +512,9 @@ def _confident_tile(
     if hard_weight != 1:
         hard = hard * hard_weight
     torch.addcmul(hard, negative_weight, soft, value=-options.alpha * temperature**2, out=loss)
-    if not (ce.amax().item() < 16 * temperature and math.isfinite(loss.sum().item())):
+    # The soft term's rounding error grows with the margin, and so does the hard term that it is added to.
+    margin = 16 * (1 + min(hard_weight, 1)) * temperature
+    if not (ce.amax().item() < margin and math.isfinite(loss.sum().item())):
         return False
     if not with_gradient:
         return True
