@@ -159,7 +159,8 @@ def _row(logits: Tensor, label: Tensor, temperature: float, dim: int, poison: Te
         peak = logits.amax(dim, keepdim=True)
     else:
         peak, index = logits.max(dim, keepdim=True)
-    peak = torch.where(peak == math.inf, math.nan, peak) + poison
+        peak = torch.where(peak == math.inf, math.nan, peak)  # inf - inf at that index would be left out as well
+    peak = peak + poison
     z = logits - peak
     e, soft = _exponentials(z, temperature)
     if index is None:
