@@ -593,6 +593,56 @@ def test_trailing_dimensions_are_more_rows(seed, probabilities):
     torch.testing.assert_close(gradient.movedim(1, -1).reshape(-1, 6), flat_gradient)
 
 
+# --- whole tensors at once: what a device without kernels runs ---
+
+
+@pytest.fixture
+def plain_operators(monkeypatch):
+    monkeypatch.setattr(_eager, "_tiled", lambda student: False)
+
+
+@pytest.mark.usefixtures("plain_operators")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
+def test_plain_operators(reduction, kind, temperature):
+    for shape, dtype in (((8, 10), torch.float32), ((3, 6, 5), torch.float16), ((4, 7), torch.float64)):
+        inputs = problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored", dtype=dtype)
+        for label_smoothing in (0.0, 0.1, 1.0):
+            options = {"reduction": reduction, "temperature": temperature, "label_smoothing": label_smoothing}
+            assert_as_reference(*inputs, **options)
+    assert_as_reference(*problem((5,), probabilities=kind == "probabilities"), reduction=reduction, hard_weight=0.0)
+    assert_as_reference(*problem((2, 5)), reduction=reduction, alpha=0.0)
+
+
+@pytest.mark.usefixtures("plain_operators")
+def test_plain_operators_on_difficult_rows():
+    student = torch.tensor([[0, -INF, 1.0], [0, -INF, 1], [NAN, 0, 0], [NAN, 0, 0], [1e30, -1e30, 0], [30, 0, 0]])
+    teacher = torch.tensor([[1.0, -INF, 0], [1, 0.5, 0], [0, 0, 0], [0, 0, 0], [0, -1e30, 1e30], [31, 0, 0]])
+    target = torch.tensor([0, 0, 1, -100, 0, 0])
+    assert_as_reference(student, teacher, target, reduction="none")
+    target[5] = 3
+    loss, gradient = step(wsl_loss, student, teacher, target, reduction="none")
+    assert loss.isnan().tolist() == [False, False, True, False, False, True]
+    assert gradient[5].isnan().any()
+    assert gradient[3].eq(0).all()
+    assert wsl_loss(student[:0], teacher[:0], target[:0]).isnan()
+
+
+@pytest.mark.usefixtures("plain_operators")
+def test_plain_operators_keep_a_retained_graph_and_need_no_data():
+    student, teacher, target = problem((6, 10))
+    _, expected = step(wsl_loss, student, teacher, target)
+    student.requires_grad_()
+    loss = wsl_loss(student, teacher, target)
+    for factor in (1.0, 3.0):
+        (gradient,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
+        torch.testing.assert_close(gradient, factor * expected)
+    torch.testing.assert_close(torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student.detach()), expected)
+    shapes = [tensor.to("meta") for tensor in (student.detach(), teacher, target)]
+    assert step(wsl_loss, *shapes)[1].shape == student.shape
+
+
 # --- the module ---
 
 

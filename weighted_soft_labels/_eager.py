@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -65,9 +65,7 @@ def backward(
 ) -> Tensor:
     """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     if _tiled(student):
-        gradient = _tiles(student, teacher, target, options, True, upstream)[1]
-        assert gradient is not None
-        return gradient
+        return cast("Tensor", _tiles(student, teacher, target, options, True, upstream)[1])
     if not state:
         state = forward(student, teacher, target, options, False)[2]
     dim = _class_dim(student)
