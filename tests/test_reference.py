@@ -59,3 +59,11 @@ def test_supports_double_backward():
     (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
     (second,) = torch.autograd.grad(gradient.square().sum(), student)
     assert second.abs().sum() > 0
+
+
+def test_supports_vmap_for_gradients_of_single_samples():
+    student, teacher = torch.randn(2, 4, 5, dtype=torch.float64)
+    target = torch.tensor([0, 4, 2, -100])
+    single = torch.func.vmap(torch.func.grad(lambda *args: reference.wsl_loss(*args, reduction="sum")))
+    together = torch.func.grad(lambda s: reference.wsl_loss(s, teacher, target, reduction="sum"))
+    torch.testing.assert_close(single(student, teacher, target), together(student))

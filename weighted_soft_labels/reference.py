@@ -7,7 +7,6 @@ dtype that it is given (use float64 to judge others), and needs about ten times 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["wsl_loss"]
@@ -33,7 +32,7 @@ def wsl_loss(
     """The Weighted Soft Labels loss, transcribed equation by equation.
 
     Same meaning, arguments and shapes as :func:`weighted_soft_labels.wsl_loss`, without its input checks.
-    Unlike it, this function supports double backward (``create_graph=True``).
+    Unlike it, this function supports double backward (``create_graph=True``) and ``torch.func.vmap``.
 
     Args:
         student_logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, floating point.
@@ -65,7 +64,8 @@ def wsl_loss(
         label = target.detach().to(student_logits.dtype)
     else:
         kept = target.long() != ignore_index
-        label = F.one_hot(target.long().where(kept, 0), classes).movedim(-1, dim).to(student_logits.dtype)
+        index = torch.arange(classes, device=target.device).view(-1, *[1] * (student_logits.dim() - dim - 1))
+        label = (target.long().where(kept, 0).unsqueeze(dim) == index).to(student_logits.dtype)
     student_logits = student_logits.where(kept.unsqueeze(dim), 0)
     teacher_logits = teacher_logits.where(kept.unsqueeze(dim), 0)
 
