@@ -137,7 +137,8 @@ def _statistics(
         q = _load(target, target_offset, columns, target_c, mask, 0.0)
         student_qz += _dot(q, z) - mass * student_move
         teacher_qz += _dot(q, teacher_z) - mass * teacher_move
-        mass += tl.sum(q, axis=1)
+        # Masked once more, as Triton 3.6 fails to compile a running sum of what comes straight from memory.
+        mass += tl.sum(tl.where(mask, q, 0.0), axis=1)
     return (
         s, t, student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
         dot, z_sum, mass, student_qz, teacher_qz,
@@ -561,12 +562,13 @@ def _reduction_block(flat: Tensor) -> tuple[int, int, int]:
         classes_block = _power_of_2(classes, 64)
         return 2048 // classes_block, classes_block, 8
     # 16 elements of both sets of logits a thread leave registers for the arithmetic: 16 warps hold 8192 classes without
-    # spilling, 16384 spill. Few classes: several rows share a program.
+    # spilling, 16384 spill. Few classes: several rows share a program, whose numbers take registers as well.
     classes_block = _power_of_2(classes, 8192)
     if classes > classes_block:
         classes_block = 4096
-    rows_block = max(1, 1024 // classes_block)
-    return rows_block, classes_block, min(rows_block * classes_block // 512, 16)
+    if classes_block < 1024:
+        return 1024 // classes_block, classes_block, 4
+    return 1, classes_block, min(classes_block // 512, 16)
 
 
 def _elementwise_block(flat: Tensor) -> tuple[int, int]:
