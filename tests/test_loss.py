@@ -166,14 +166,14 @@ def test_weight_is_exact_for_memorising_teachers(classes, offset):
 
 
 def test_official_float32_weight_is_off_where_ours_is_not():
-    margins = torch.linspace(8, 18, 201)
+    margins = torch.linspace(8, 21, 201)
     teacher, target = memorised(100, margins), torch.ones(201, dtype=torch.long)
     student = teacher.clone()
     student[:, 1] -= 0.5
     student_ce, teacher_ce = (F.cross_entropy(x, target, reduction="none") for x in (student, teacher))
     official = 1 - torch.exp(-torch.clamp(student_ce / (teacher_ce + 1e-7), min=0))
     expected = float64_weight(student, teacher, 1)
-    assert (official - expected).abs().max() > 1e-3
+    assert (official - expected).abs().max() > 0.1  # as the README says
     assert (wsl_terms(student, teacher, target).weight - expected).abs().max() < 1e-6
 
 
