@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
 
-# Elements in a tile, of which there are two in scratch memory. Up to here larger tiles are faster, as starting operators
-# costs more than leaving the cache; beyond it is memory that grows.
+# Elements in a tile, of which there are two in scratch memory. Up to here larger tiles are faster, as starting
+# operators costs more than leaving the cache; beyond it is memory that grows.
 TILE = 2**20
 # Classes that the norm adds up at once; see `_sum_of_squares`.
 FOLD = 1024

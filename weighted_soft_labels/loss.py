@@ -83,7 +83,7 @@ def wsl_loss(
     Source:
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective",
         ICLR 2021, arXiv 2102.00650, and its official code. Differences from that code: the cross-entropies in the
-        weight keep their digits however confident the teacher is (the official float32 code can be off by 0.1 and more);
+        weight keep their digits however confident the teacher is (the official float32 code is off by 0.1 and more);
         a term with scale 0 is left out; any shape, dtype, class count and target kind.
 
     Example:
