@@ -1,8 +1,8 @@
 """The Triton kernels, on a GPU where there is one and through Triton's interpreter where there is none.
 
 Sizes are chosen by regime: 5 classes share a program with other rows; 1000 fill one block; 20000 take several, so the
-online rescaling and the tail are at work; (N, C, d) with C inside has its lanes on the pixels, and 150 classes there
-take two blocks.
+online rescaling and the tail are at work; rows of 1029 and of 10001 start anywhere between multiples of 16 bytes;
+(N, C, d) with C inside has its lanes on the pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _triton = pytest.importorskip(
     "weighted_soft_labels._triton", reason="Triton is not installed beside this build of torch", exc_type=ImportError
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-REGIMES = [(3, 5), (2, 1000), (2, 20000), (2, 19, 3, 5), (1, 150, 20)]
+REGIMES = [(3, 5), (2, 1000), (2, 20000), (9, 1029), (3, 10001), (2, 19, 3, 5), (1, 40, 130)]
 
 # What the interpreter computes it computes in NumPy, which mentions every infinity that it meets.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
@@ -58,8 +58,53 @@ def test_every_regime(shape, temperature, label_smoothing, kind):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_every_dtype_and_mixture(dtype, teacher_dtype):
-    student, teacher, target = on_device(*problem((3, 33), ignored=True))
-    assert_as_reference(student.to(dtype), teacher.to(teacher_dtype), target)
+    for shape in [(3, 33), (5, 1029), (2, 3, 9)]:
+        student, teacher, target = on_device(*problem(shape, ignored=True))
+        assert_as_reference(student.to(dtype), teacher.to(teacher_dtype), target)
+
+
+@pytest.mark.parametrize("column", [0, 1, 3, 4, 7, 1024, 1025, 1028])
+def test_label_and_maximum_at_the_edges_of_rows_that_start_anywhere(column):
+    """Rows of 1029 classes: the inner ones are taken 16 bytes at a time, those before and after by themselves."""
+    student, teacher, target = on_device(*problem((9, 1029)))
+    target[:] = column
+    student[::2, column] += 30
+    teacher[:, column] += 20
+    student[1, 1028 - column] = -INF
+    for label in (target, F.one_hot(target, 1029).float()):
+        assert_as_reference(student, teacher, label, label_smoothing=0.1, reduction="none")
+
+
+def test_rows_that_start_differently_are_read_one_by_one():
+    """The teacher's rows are 1031 apart, the student's 1029: no shift aligns both."""
+    student, _, target = on_device(*problem((5, 1029)))
+    teacher = on_device(problem((5, 1031))[0])[0][:, 1:-1]
+    assert_as_reference(student, teacher, target)
+    assert_as_reference(teacher, student, target)
+
+
+@pytest.mark.parametrize("size", [1, 1024, 1025, 300_000])
+def test_mean_over_few_and_many_labels_that_are_not_ignored(size):
+    """Counted by every program, or beforehand in parts."""
+    generator = torch.Generator().manual_seed(size)
+    target = torch.randint(2, (size,), generator=generator) * 100 - 100
+    target[0] = 0
+    logits = torch.zeros(size, 2)
+    if size > 1025:  # the interpreter takes a second for every thousand programs
+        logits, target = logits.T.reshape(1, 2, size), target.reshape(1, size)
+    *inputs, target = on_device(logits, logits, target)
+    loss, gradient = step(wsl_loss, *inputs, target, alpha=0.0)
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-5)
+    expected = torch.where(target == 0, -0.5 / (target == 0).sum(), 0.0)
+    torch.testing.assert_close(gradient.select(1, 0), expected, rtol=1e-5, atol=0)
+
+
+def test_gradient_is_scaled_to_its_last_element():
+    for shape in [(1, 1), (3, 5), (7, 700), (2, 3, 11)]:
+        student, teacher, target = on_device(*problem(shape))
+        _, expected = step(wsl_loss, student, teacher, target)
+        factor = torch.tensor(-2.0, device=DEVICE)
+        torch.testing.assert_close(step(wsl_loss, student, teacher, target, upstream=factor)[1], -2 * expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -91,7 +136,7 @@ def test_any_strides_and_the_teacher_has_its_own(layout):
 
 
 def test_one_row_and_one_class_block_exactly():
-    for shape in [(1, 2), (1, 1024), (9, 128), (1, 4096 * 2 + 1)]:
+    for shape in [(1, 2), (1, 1024), (9, 128), (1, 8192), (1, 8193)]:
         assert_as_reference(*on_device(*problem(shape)))
 
 
@@ -123,20 +168,20 @@ def test_masked_classes(temperature, probabilities):
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_a_whole_block_of_masked_classes(label_smoothing):
-    """The first block of 4096 and the last hold nothing for one or both sets of logits, and the maximum comes late."""
-    student, teacher, target = problem((4, 13000))
-    target[:] = 5000
-    student[0, :4096] = teacher[0, :4096] = -INF
-    teacher[1, :4096] = -INF
-    student[2, 8192:] = teacher[2, 8192:] = -INF
-    student[3, 12999], teacher[3, 12998] = 90, 120
-    for label in (target, F.one_hot(target, 13000).float()):
+    """The first block of 8192 and the last hold nothing for one or both sets of logits, and the maximum comes late."""
+    student, teacher, target = problem((4, 20000))
+    target[:] = 10000
+    student[0, :8192] = teacher[0, :8192] = -INF
+    teacher[1, :8192] = -INF
+    student[2, 16384:] = teacher[2, 16384:] = -INF
+    student[3, 19999], teacher[3, 19998] = 90, 120
+    for label in (target, F.one_hot(target, 20000).float()):
         assert_as_reference(*on_device(student, teacher, label), label_smoothing=label_smoothing, reduction="none")
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 def test_nan_and_inf_poison_their_row_only(poison):
-    for shape in [(4, 6), (4, 9000)]:
+    for shape in [(4, 6), (4, 9001)]:
         student, teacher, target = on_device(*problem(shape))
         expected = wsl_loss(student, teacher, target, reduction="none")
         student[2, 3] = teacher[1, 4] = poison
@@ -265,19 +310,22 @@ def test_nothing_is_read_back_to_the_host(probabilities, monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **constants: launched.append(self.name)
 
-    for name in ("_forward_kernel", "_backward_kernel", "_scale_kernel"):
+    for name in ("_forward_kernel", "_backward_kernel", "_scale_kernel", "_count_kernel"):
         monkeypatch.setattr(_triton, name, Launch(name))
-    for shape in [(8, 10), (2, 5, 6)]:
+    for shape in [(8, 10), (2, 5, 6), (1025, 2)]:
         inputs = [tensor.to("meta") for tensor in problem(shape, probabilities=probabilities)]
-        for options in ({}, {"reduction": "none"}):
-            launched.clear()
-            student = inputs[0].detach().requires_grad_()
-            wsl_loss(student, *inputs[1:], **options).sum().backward()
-            assert launched == ["_forward_kernel", "_scale_kernel"]
-            launched.clear()
-            student = inputs[0].detach().half().requires_grad_()
-            wsl_loss(student, *inputs[1:], **options).sum().backward()
-            assert launched == ["_forward_kernel", "_backward_kernel"]
+        for dtype in (torch.float32, torch.float16):
+            for reduction in ("mean", "sum", "none"):
+                launched.clear()
+                student = inputs[0].detach().to(dtype).requires_grad_()
+                wsl_loss(student, *inputs[1:], reduction=reduction).sum().backward()
+                ahead = dtype == torch.float32 and reduction != "none"
+                many = shape[0] == 1025 and reduction == "mean" and not probabilities
+                assert launched == [
+                    *(["_count_kernel"] if many else []),
+                    "_forward_kernel",
+                    "_scale_kernel" if ahead else "_backward_kernel",
+                ]
         wsl_terms(*inputs)
 
 

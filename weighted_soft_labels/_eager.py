@@ -75,17 +75,14 @@ def backward(
     return _closed_form_gradient(student, teacher, label, kept, state, upstream, options)
 
 
-def terms(
-    student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student CE, teacher CE, weight and soft term of every element; 0 where it is ignored."""
-    operands = (student, teacher, target)
     if not _tiled(student) or student.dim() == 1 or student.numel() <= TILE:
-        return _terms(*operands, temperature, ignore_index)
+        return _terms(student, teacher, target, options)
     rows = max(1, TILE // student[0].numel())
-    tiles = zip(*(torch.split(operand, rows) for operand in operands))
-    found = [_terms(s, t, y, temperature, ignore_index) for s, t, y in tiles]
-    student_ce, teacher_ce, weight, soft = (torch.cat(parts) for parts in zip(*found))
+    tiles = zip(*(torch.split(operand, rows) for operand in (student, teacher, target)))
+    found = [_terms(s, t, y, options) for s, t, y in tiles]
+    student_ce, teacher_ce, weight, soft = (torch.cat(term) for term in zip(*found))
     return student_ce, teacher_ce, weight, soft
 
 
@@ -206,15 +203,13 @@ def _combine(student: _Row, teacher: _Row, temperature: float) -> tuple[Tensor, 
     return weight, soft
 
 
-def _terms(
-    student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dim = _class_dim(student)
-    label, kept = _label(student, target, ignore_index)
+    label, kept = _label(student, target, options.ignore_index)
     if kept is not None and _tiled(student):
-        _check_label(label, student.shape[dim], ignore_index)
-    student_row, teacher_row = _statistics(student, teacher, label, kept, temperature)
-    weight, soft = _combine(student_row, teacher_row, temperature)
+        _check_label(label, student.shape[dim], options.ignore_index)
+    student_row, teacher_row = _statistics(student, teacher, label, kept, options.temperature)
+    weight, soft = _combine(student_row, teacher_row, options.temperature)
     student_ce, teacher_ce, weight, soft = (
         (term if kept is None else torch.where(kept, term, 0.0)).squeeze(dim)
         for term in (student_row.ce, teacher_row.ce, weight, soft)

@@ -8,16 +8,22 @@ Logits are seen as (batch, classes, rows) with any strides, so (N, C), (N, C, d1
     combine     cross-entropies, weight, loss; one number a row
     gradient    a second pass, which writes it
 
-Where all classes fit in one block (ONE_BLOCK) the logits stay in registers between the passes. Bytes moved then, for
-logits of b bytes: 2b read + b written an element with the gradient, 2b without. Offsets are 64-bit; arithmetic is
-float32; nothing is read back to the host and no launch depends on the data.
+One algebra, four regimes; `_launch` says where one ends and the next begins:
+
+    few classes      several rows share a program
+    one block        all classes of a row stay in registers between the passes: 2b read + b written an element
+    many classes     the second pass reads again, from its end, most of it from the L2 cache
+    pixels           neighbours in memory are rows: lanes lie on them, and a thread walks through the classes
+
+for logits of b bytes. Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the host and no
+launch depends on the data.
 """
 
 from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -28,9 +34,12 @@ if TYPE_CHECKING:
     from weighted_soft_labels.loss import Options
 
 EPS = tl.constexpr(1e-7)  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+PARTS = tl.constexpr(256)  # in which many labels are counted
 
 # Arguments that change with the batch: no kernel is compiled anew for one of them.
-COUNTS = ["rows", "blocks", "size", "ignore_index"]
+COUNTS = ["rows", "blocks", "size", "labels", "ignore_index"]
 
 
 @triton.jit
@@ -50,19 +59,19 @@ def _one_minus_exp(r):
     p = 1 - r * (1 / 8) * (1 - r * (1 / 9))
     p = 1 - r * (1 / 5) * (1 - r * (1 / 6) * (1 - r * (1 / 7) * p))
     p = 1 - r * (1 / 2) * (1 - r * (1 / 3) * (1 - r * (1 / 4) * p))
-    return tl.where(r < 0.5, r * p, 1 - tl.exp(-r))
+    return tl.where(r < 0.5, r * p, 1 - tl.exp2(-r * LOG2E))
 
 
 @triton.jit
-def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
-    """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
-    soft = tl.exp(z * inverse)
+def _exponentials(z, rate, TEMPERATURE: tl.constexpr):
+    """exp(z), exp(z / T), where rate = log2(e) / T; one exponential where squaring loses no digit that counts."""
+    soft = tl.exp2(z * rate)
     if TEMPERATURE == 1:
         e = soft
     elif TEMPERATURE == 2:
         e = soft * soft
     else:
-        e = tl.exp(z)
+        e = tl.exp2(z * LOG2E)
     return e, soft
 
 
@@ -75,7 +84,7 @@ def _finite(peak):
 @triton.jit
 def _dot(mass, value):
     """sum_c mass_c * value_c, where no mass times an infinite value is 0."""
-    return tl.sum(tl.where(mass == 0, 0.0, mass * value), axis=1)
+    return tl.sum(mass * tl.where(mass == 0, 0.0, value), axis=1)
 
 
 @triton.jit
@@ -85,185 +94,353 @@ def _rescale(total, factor):
 
 
 @triton.jit
-def _row(x, peak, rest, soft_sum, inverse, TEMPERATURE: tl.constexpr):
-    """Take a block of classes into the statistics of a row; `rest` is the sum of exp(z) less 1, so -1 at the start.
+def _aligned(x, ALIGN: tl.constexpr):
+    """x, in a form that shows the compiler what the launcher has checked: a multiple of ALIGN. It takes that to load
+    and store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number."""
+    return x // ALIGN * ALIGN
+
+
+@triton.jit
+def _load(pointer, offset, columns, stride, mask, other, POLICY: tl.constexpr):
+    address = pointer + offset[:, None] + columns.to(tl.int64) * stride
+    return tl.load(address, mask, other=other, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def _row(x, is_label, peak, others, soft_sum, rate, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr):
+    """Take a block of classes into the statistics of a row.
+
+    `others` is the sum of exp(z) over every class but one, the label: from it the cross-entropy follows without
+    cancellation. A target of probabilities has no label; there one class at the maximum is left out.
 
     Also returns z and exp(z / T) of the block, by how much the maximum moved, and what that makes of old exp(z / T).
     """
     new_peak = tl.maximum(peak, tl.max(x, axis=1))
     shift = _finite(new_peak)
     z = x - shift[:, None]
-    e, soft = _exponentials(z, inverse, TEMPERATURE)
-    # All but one of the classes at the maximum belong to the rest; each of them counts exp(0) = 1.
-    at_peak = z == 0
-    below = tl.sum(tl.where(at_peak, 0.0, e), axis=1)
-    count = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
-    moved = peak < new_peak
-    rest = tl.where(moved, (1 + rest) * tl.exp(peak - shift) + below + (count - 1), rest + below + count)
-    factor = tl.where(moved, tl.exp((peak - shift) * inverse), 1.0)
+    e, soft = _exponentials(z, rate, TEMPERATURE)
+    factor = tl.exp2((peak - shift) * LOG2E)
+    if PROBABILITIES:
+        # The class left out counts exp(0) = 1 as soon as the maximum leaves it behind.
+        at_peak = z == 0
+        below = tl.sum(tl.where(at_peak, 0.0, e), axis=1)
+        count = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
+        moved = peak < new_peak
+        others = tl.where(moved, (1 + others) * factor + below + (count - 1), others + below + count)
+    else:
+        others = others * factor + tl.sum(tl.where(is_label, 0.0, e), axis=1)
+    factor = tl.exp2((peak - shift) * rate)
     soft_sum = soft_sum * factor + tl.sum(soft, axis=1)
-    return z, soft, new_peak, rest, soft_sum, shift - _finite(peak), factor
-
-
-@triton.jit
-def _load(pointer, offset, columns, stride, mask, other):
-    return tl.load(pointer + offset[:, None] + columns[None, :] * stride, mask, other=other).to(tl.float32)
+    return z, soft, new_peak, others, soft_sum, shift - _finite(peak), factor
 
 
 @triton.jit
 def _statistics(
     student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-    start, column, classes, in_rows, inverse,
-    student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
+    columns, mask, label, taken, rate,
+    student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
     dot, z_sum, mass, student_qz, teacher_qz,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """Take one block of classes of both sets of logits (and of a target of probabilities) into the statistics."""
-    columns = start + column
-    mask = in_rows[:, None] & (columns < classes)[None, :]
-    s = _load(student, student_offset, columns, student_c, mask, float("-inf"))
-    t = _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf"))
+    """Take one block of classes of both sets of logits (and of a target of probabilities) into the statistics.
+
+    `taken` classes came before.
+    """
+    s = _load(student, student_offset, columns, student_c, mask, float("-inf"), POLICY)
+    t = _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf"), POLICY)
+    is_label = columns == label[:, None]
     earlier = teacher_sum
-    z, _, student_peak, student_rest, student_sum, student_move, _ = _row(
-        s, student_peak, student_rest, student_sum, inverse, TEMPERATURE
+    student_z, _, student_peak, student_others, student_sum, student_move, _ = _row(
+        s, is_label, student_peak, student_others, student_sum, rate, TEMPERATURE, PROBABILITIES
     )
-    teacher_z, soft, teacher_peak, teacher_rest, teacher_sum, teacher_move, factor = _row(
-        t, teacher_peak, teacher_rest, teacher_sum, inverse, TEMPERATURE
+    teacher_z, soft, teacher_peak, teacher_others, teacher_sum, teacher_move, factor = _row(
+        t, is_label, teacher_peak, teacher_others, teacher_sum, rate, TEMPERATURE, PROBABILITIES
     )
-    dot = _rescale(dot - earlier * student_move, factor) + _dot(soft, z)
+    dot = _rescale(dot - earlier * student_move, factor) + _dot(soft, student_z)
     if SMOOTHING:
-        z_sum += tl.sum(tl.where(mask, z, 0.0), axis=1) - start * student_move
+        z_sum += tl.sum(tl.where(mask, student_z, 0.0), axis=1) - taken * student_move
     if PROBABILITIES:
-        q = _load(target, target_offset, columns, target_c, mask, 0.0)
-        student_qz += _dot(q, z) - mass * student_move
+        q = _load(target, target_offset, columns, target_c, mask, 0.0, POLICY)
+        student_qz += _dot(q, student_z) - mass * student_move
         teacher_qz += _dot(q, teacher_z) - mass * teacher_move
         # Masked once more, as Triton 3.6 fails to compile a running sum of what comes straight from memory.
         mass += tl.sum(tl.where(mask, q, 0.0), axis=1)
     return (
-        s, t, student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
+        student_z, teacher_z, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
         dot, z_sum, mass, student_qz, teacher_qz,
     )  # fmt: skip
 
 
 @triton.jit
+def _edges(classes, before, inner, EDGES: tl.constexpr):
+    """Columns of the classes around the inner ones, and which of them exist; see `_place`."""
+    i = tl.arange(0, 2 * EDGES)[None, :]
+    columns = tl.where(i < EDGES, i - EDGES, inner[:, None] + i - EDGES)
+    return columns, (columns >= -before[:, None]) & (columns < classes - before[:, None])
+
+
+@triton.jit
+def _place(
+    target, classes, rows, blocks,
+    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
+    PROBABILITIES: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """Where this program's rows are, and what their labels say.
+
+    Rows that start anywhere (an odd number of classes) are seen from their first 16-byte boundary on: offsets and
+    labels count from there, `before` classes lie before it, `inner` ones fill whole 16-byte units after it, and
+    `_edges` are the rest.
+    """
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    index = batch * rows + row
+    if PIXELS:
+        in_rows = row < _aligned(rows, ALIGN)
+    else:
+        in_rows = row < rows
+        classes = _aligned(classes, ALIGN)
+        student_r, teacher_r = _aligned(student_r, ALIGN), _aligned(teacher_r, ALIGN)
+        target_r, gradient_r = _aligned(target_r, ALIGN if PROBABILITIES else 1), _aligned(gradient_r, ALIGN)
+    student_offset = batch * _aligned(student_b, ALIGN) + row * student_r
+    teacher_offset = batch * _aligned(teacher_b, ALIGN) + row * teacher_r
+    target_offset = batch * _aligned(target_b, ALIGN if PROBABILITIES else 1) + row * target_r
+    gradient_offset = batch * _aligned(gradient_b, ALIGN) + row * gradient_r
+
+    kept = in_rows
+    label = row * 0
+    if not PROBABILITIES:
+        label = tl.load(target + target_offset, in_rows, other=0).to(tl.int64)
+        kept = in_rows & (label != ignore_index)
+    # An index that names no class may not be followed: its element is NaN.
+    inside = (label >= 0) & (label < classes)
+    label = tl.where(inside, label, 0).to(tl.int32)
+
+    before = label * 0
+    inner = before + classes
+    if EDGES:
+        before = ((EDGES - student_offset % EDGES) % EDGES).to(tl.int32)
+        inner = _aligned(classes - before, EDGES)
+        label -= before
+        student_offset = _aligned(student_offset + before, EDGES)
+        teacher_offset = _aligned(teacher_offset + before, EDGES)
+        gradient_offset = _aligned(gradient_offset + before, EDGES)
+        if PROBABILITIES:
+            target_offset = _aligned(target_offset + before, EDGES)
+    return (
+        index, in_rows, kept, inside, label, before, inner,
+        student_offset, teacher_offset, target_offset, gradient_offset,
+    )  # fmt: skip
+
+
+@triton.jit
+def _count_labels(target, first, step, size, target_r, ignore_index, BLOCK: tl.constexpr):
+    """How many labels are not ignored, of those of one block in every `step`, from `first` on."""
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in range(first, size, step):
+        i = start + tl.arange(0, BLOCK)
+        label = tl.load(target + i.to(tl.int64) * target_r, i < size, other=0).to(tl.int64)
+        total += ((i < size) & (label != ignore_index)).to(tl.int32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _unit(counted, labels, counted_r, ignore_index, scale, COUNT: tl.constexpr):
+    """What every element counts in the loss: `scale`, for a mean over labels divided by how many are not ignored.
+
+    Few labels are counted here, by every program; of many, `_count_kernel` has counted PARTS.
+    """
+    unit = scale
+    if COUNT == 1:
+        unit = scale / _count_labels(counted, 0, 256, labels, counted_r, ignore_index, 256).to(tl.float32)
+    if COUNT == 2:
+        unit = scale / tl.sum(tl.load(counted + tl.arange(0, PARTS)), axis=0).to(tl.float32)
+    return unit
+
+
+@triton.jit
 def _write_gradient(
-    s, t, target, gradient, target_offset, gradient_offset, target_c, gradient_c, columns, mask, label, kept,
-    student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr,
+    student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
+    columns, mask, label, kept, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    POLICY: tl.constexpr,
 ):  # fmt: skip
     """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one block of classes, all scales included."""
-    e, student_soft = _exponentials(s - student_peak[:, None], inverse, TEMPERATURE)
-    teacher_soft = tl.exp((t - teacher_peak[:, None]) * inverse)
-    hard = hard_scale[:, None] * e - uniform[:, None]
+    e, student_soft = _exponentials(student_z, rate, TEMPERATURE)
+    teacher_soft = tl.exp2(teacher_z * rate)
+    hard = hard_scale[:, None] * e
+    if SMOOTHING:
+        hard -= uniform[:, None]
     if PROBABILITIES:
-        hard -= q_scale[:, None] * _load(target, target_offset, columns, target_c, mask, 0.0)
+        hard -= q_scale[:, None] * _load(target, target_offset, columns, target_c, mask, 0.0, POLICY)
     else:
-        hard = tl.where(columns[None, :] == label[:, None], at_label[:, None], hard)
+        hard = tl.where(columns == label[:, None], at_label[:, None], hard)
     # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
     out = hard + (student_scale[:, None] * student_soft - teacher_scale[:, None] * teacher_soft)
-    out = tl.where(kept[:, None], out, 0.0)
-    tl.store(gradient + gradient_offset[:, None] + columns[None, :] * gradient_c, out, mask)
+    if PIXELS:  # elsewhere the logits of an ignored row were not read, and its scales are 0
+        out = tl.where(kept[:, None], out, 0.0)
+    address = gradient + gradient_offset[:, None] + columns.to(tl.int64) * gradient_c
+    tl.store(address, out, mask, eviction_policy=POLICY)
+
+
+@triton.jit
+def _reread_gradient(
+    student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+    student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
+    student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
+    uniform, q_scale, rate,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    CLASSES: tl.constexpr, EDGES_ONLY: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
+):  # fmt: skip
+    """`_write_gradient` for the logits that have to be read once more, the last ones, which the cache holds, first."""
+    hard_scale, at_label, student_scale, teacher_scale = (
+        hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit
+    )  # fmt: skip
+    uniform, q_scale = uniform * unit, q_scale * unit
+    if not EDGES_ONLY:
+        last = (classes - 1) // CLASSES * CLASSES
+        for start in range(0, classes, CLASSES):
+            columns = last - start + tl.arange(0, CLASSES)[None, :]
+            inside = columns < inner[:, None]
+            s = _load(student, student_offset, columns, student_c, read[:, None] & inside, float("-inf"), "evict_first")
+            t = _load(teacher, teacher_offset, columns, teacher_c, read[:, None] & inside, float("-inf"), "evict_first")
+            _write_gradient(
+                s - student_peak[:, None], t - teacher_peak[:, None],
+                target, gradient, target_offset, gradient_offset, target_c, gradient_c,
+                columns, in_rows[:, None] & inside, label, kept,
+                hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+                TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
+            )  # fmt: skip
+    if EDGES:
+        edges, inside = _edges(classes, before, inner, EDGES)
+        s = _load(student, student_offset, edges, student_c, read[:, None] & inside, float("-inf"), "evict_first")
+        t = _load(teacher, teacher_offset, edges, teacher_c, read[:, None] & inside, float("-inf"), "evict_first")
+        _write_gradient(
+            s - student_peak[:, None], t - teacher_peak[:, None],
+            target, gradient, target_offset, gradient_offset, target_c, gradient_c,
+            edges, in_rows[:, None] & inside, label, kept,
+            hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+            TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, state, terms, count,
-    classes, rows, blocks, size,
+    student, teacher, target, gradient, loss, state, terms, counted,
+    classes, rows, blocks, size, labels,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    ignore_index, inverse, hard_weight, alpha_t2, alpha_t, smoothing, scale,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, counted_r,
+    ignore_index, rate, uniform, q_scale, hard_weight, alpha_t2, alpha_t, smoothing, scale,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
     GRADIENT: tl.constexpr, STATE: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """Loss of every row; with GRADIENT its gradient for an incoming gradient of 1, times `scale` / count.
+    """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
 
     One program a block of ROWS rows of one batch. Moves 2b bytes an element without the gradient, 3b with it if
-    ONE_BLOCK, else 5b (2b of which mostly come from the L2 cache), for logits of b bytes.
+    ONE_BLOCK, else 5b (2b of which mostly come from the L2 cache), for logits of b bytes; the logits of ignored rows
+    are not read, unless lanes lie on PIXELS.
     """
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < rows
-    column = tl.arange(0, CLASSES).to(tl.int64)
-    student_offset = batch * student_b + row * student_r
-    teacher_offset = batch * teacher_b + row * teacher_r
-    target_offset = batch * target_b + row * target_r
-    index = batch * rows + row
+    (
+        index, in_rows, kept, inside, label, before, inner,
+        student_offset, teacher_offset, target_offset, gradient_offset,
+    ) = _place(
+        target, classes, rows, blocks, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+        target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
+        PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
+    )  # fmt: skip
+    column = tl.arange(0, CLASSES)[None, :]
+    read = in_rows if PIXELS else kept
 
     # statistics
     nothing = tl.zeros([ROWS], tl.float32)
-    student_peak, student_rest, student_sum = nothing - float("inf"), nothing - 1, nothing
-    teacher_peak, teacher_rest, teacher_sum = nothing - float("inf"), nothing - 1, nothing
+    least = -1.0 if PROBABILITIES else 0.0  # of no class at all, less the one that is left out
+    student_peak, student_others, student_sum = nothing - float("inf"), nothing + least, nothing
+    teacher_peak, teacher_others, teacher_sum = nothing - float("inf"), nothing + least, nothing
     dot, z_sum, mass, student_qz, teacher_qz = nothing, nothing, nothing, nothing, nothing
-    if ONE_BLOCK:
+    taken = before * 0
+    if EDGES:
+        edges, inside_row = _edges(classes, before, inner, EDGES)
         (
-            s, t, student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
+            _edge_s, _edge_t, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
             dot, z_sum, mass, student_qz, teacher_qz,
         ) = _statistics(
             student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-            0, column, classes, in_rows, inverse,
-            student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
-            dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING,
+            edges, read[:, None] & inside_row, label, taken, rate,
+            student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
+            dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
+        )  # fmt: skip
+        taken = classes - inner
+    if ONE_BLOCK:
+        (
+            student_z, teacher_z, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
+            dot, z_sum, mass, student_qz, teacher_qz,
+        ) = _statistics(
+            student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
+            column, read[:, None] & (column < inner[:, None]), label, taken, rate,
+            student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
+            dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
         )  # fmt: skip
     else:
         for start in range(0, classes, CLASSES):
+            columns = start + column
             (
-                _s, _t, student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
+                _s, _t, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
                 dot, z_sum, mass, student_qz, teacher_qz,
             ) = _statistics(
                 student, teacher, target, student_offset, teacher_offset, target_offset,
-                student_c, teacher_c, target_c, start, column, classes, in_rows, inverse,
-                student_peak, student_rest, student_sum, teacher_peak, teacher_rest, teacher_sum,
-                dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING,
+                student_c, teacher_c, target_c,
+                columns, read[:, None] & (columns < inner[:, None]), label, taken + start, rate,
+                student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
+                dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_last",
             )  # fmt: skip
 
     # combine
-    kept = in_rows
-    label = row * 0
-    label_z = nothing
-    if PROBABILITIES:
-        student_ce = mass * _log1p(student_rest) - student_qz
-        teacher_ce = mass * _log1p(teacher_rest) - teacher_qz
-        mass = mass * (1 - smoothing) + smoothing
-    else:
-        label = tl.load(target + target_offset, in_rows, other=0).to(tl.int64)
-        kept = in_rows & (label != ignore_index)
-        # An index that names no class may not be followed: its element is NaN.
-        inside = (label >= 0) & (label < classes)
-        student_rest = tl.where(inside, student_rest, float("nan"))
-        label = tl.where(inside, label, 0)
-        label_z = tl.load(student + student_offset + label * student_c, in_rows, other=0.0).to(tl.float32)
-        label_z -= student_peak
-        teacher_z = tl.load(teacher + teacher_offset + label * teacher_c, in_rows, other=0.0).to(tl.float32)
-        student_ce = _log1p(student_rest) - label_z
-        teacher_ce = _log1p(teacher_rest) - (teacher_z - teacher_peak)
-        mass += 1
+    student_label_z, teacher_label_z = nothing, nothing
+    if not PROBABILITIES:
+        student_label_z = tl.load(student + student_offset + label.to(tl.int64) * student_c, kept, other=0.0)
+        student_label_z = student_label_z.to(tl.float32) - _finite(student_peak)
+        teacher_label_z = tl.load(teacher + teacher_offset + label.to(tl.int64) * teacher_c, kept, other=0.0)
+        teacher_label_z = teacher_label_z.to(tl.float32) - _finite(teacher_peak)
+        student_others = tl.where(inside, student_others, float("nan"))
+        mass, student_qz, teacher_qz = nothing + 1, student_label_z, teacher_label_z
+    # log Z = log1p(Z - 1): the label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
+    label_e = tl.exp2(student_label_z * LOG2E)
+    student_log_z = _log1p(student_others + (label_e - 1))
+    student_ce = mass * student_log_z - student_qz
+    teacher_ce = mass * _log1p(teacher_others + (tl.exp2(teacher_label_z * LOG2E) - 1)) - teacher_qz
     # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
     weight = tl.where(student_ce == float("inf"), 1.0, _one_minus_exp(student_ce / (teacher_ce + EPS)))
-    soft = tl.log(student_sum) - dot / teacher_sum * inverse
+    soft = tl.log(student_sum) - dot / teacher_sum * (rate * LN2)
     if TERMS:
         tl.store(terms + index, tl.where(kept, student_ce, 0.0), in_rows)
         tl.store(terms + size + index, tl.where(kept, teacher_ce, 0.0), in_rows)
         tl.store(terms + 2 * size + index, tl.where(kept, weight, 0.0), in_rows)
         tl.store(terms + 3 * size + index, tl.where(kept, soft, 0.0), in_rows)
     else:
+        unit = nothing + _unit(counted, labels, counted_r, ignore_index, scale, COUNT)
         hard = student_ce
         if SMOOTHING:
-            flat = _log1p(student_rest) - z_sum / classes
+            flat = student_log_z - z_sum / classes
             hard = tl.where(smoothing == 1, flat, (1 - smoothing) * hard + smoothing * flat)
         # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules
         # out a class to which the teacher gives mass.
         weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
         total = tl.where(hard_weight == 0, 0.0, hard_weight * hard) + tl.where(alpha_t2 == 0, 0.0, alpha_t2 * weighted)
-        tl.store(loss + index, tl.where(kept, total, 0.0), in_rows)
+        # Nothing to average: 0 / 0.
+        tl.store(loss + index, tl.where(kept, total, 0.0) * unit, in_rows)
 
-    # gradient
-    hard_scale = hard_weight * mass / (1 + student_rest)
-    others = tl.where(label_z == 0, student_rest, 1 + student_rest - tl.exp(label_z))
-    at_label = hard_weight * (smoothing * (1 - 1 / classes) - others / (1 + student_rest))
-    soft_scale = tl.where(alpha_t == 0, 0.0, alpha_t * weight)
-    student_scale = soft_scale / student_sum
-    teacher_scale = soft_scale / teacher_sum
+        # gradient, of which an ignored row has none, whatever it holds
+        unit = tl.where(kept, unit, 0.0)
+        hard_scale = tl.where(kept, (hard_weight - q_scale + q_scale * mass) / (student_others + label_e), 0.0)
+        # p_y - 1 = -others / Z, which does not cancel.
+        at_label = tl.where(kept, hard_weight - q_scale - uniform - hard_scale * student_others, 0.0)
+        soft_scale = tl.where(kept & (alpha_t != 0), alpha_t * weight, 0.0)
+        # Formed alike: where student and teacher agree, their parts of the gradient cancel to the last digit.
+        student_scale = tl.where(kept, soft_scale / student_sum, 0.0)
+        teacher_scale = tl.where(kept, soft_scale / teacher_sum, 0.0)
+        student_peak, teacher_peak = _finite(student_peak), _finite(teacher_peak)
     if STATE:
         tl.store(state + index, student_peak, in_rows)
         tl.store(state + size + index, teacher_peak, in_rows)
@@ -271,115 +448,111 @@ def _forward_kernel(
         tl.store(state + 3 * size + index, at_label, in_rows)
         tl.store(state + 4 * size + index, student_scale, in_rows)
         tl.store(state + 5 * size + index, teacher_scale, in_rows)
+        tl.store(state + 6 * size + index, unit, in_rows)
     if GRADIENT:
-        unit = nothing + scale
-        if COUNT:
-            unit /= tl.load(count).to(tl.float32)
-        gradient_offset = batch * gradient_b + row * gradient_r
-        uniform = unit * (hard_weight * smoothing / classes)
-        q_scale = unit * (hard_weight * (1 - smoothing))
         if ONE_BLOCK:
             _write_gradient(
-                s, t, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-                column, in_rows[:, None] & (column < classes)[None, :], label, kept, student_peak, teacher_peak,
-                hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit, uniform, q_scale,
-                inverse, TEMPERATURE, PROBABILITIES,
+                student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
+                column, in_rows[:, None] & (column < inner[:, None]), label, kept,
+                hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit,
+                uniform * unit, q_scale * unit, rate,
+                TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "",
             )  # fmt: skip
-        else:
-            for start in range(0, classes, CLASSES):
-                columns = start + column
-                mask = in_rows[:, None] & (columns < classes)[None, :]
-                _write_gradient(
-                    _load(student, student_offset, columns, student_c, mask, float("-inf")),
-                    _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf")),
-                    target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-                    columns, mask, label, kept, student_peak, teacher_peak,
-                    hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit, uniform, q_scale,
-                    inverse, TEMPERATURE, PROBABILITIES,
-                )  # fmt: skip
+        _reread_gradient(
+            student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+            student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
+            student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
+            uniform, q_scale, rate,
+            TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, ONE_BLOCK, PIXELS, EDGES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, state, upstream, count,
+    student, teacher, target, gradient, state, upstream,
     classes, rows, blocks, size,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    ignore_index, inverse, hard_weight, smoothing, scale,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, COUNT: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
+    ignore_index, rate, uniform, q_scale,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    ROWS: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from the logits and the state of each row. Moves 3b bytes an element.
 
-    One program a block of ROWS rows and CLASSES classes of one batch.
+    One program a block of ROWS rows of one batch, as in the forward kernel.
     """
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < rows
-    columns = tl.program_id(1).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
-    mask = in_rows[:, None] & (columns < classes)[None, :]
-    index = batch * rows + row
-    target_offset = batch * target_b + row * target_r
-
-    kept = in_rows
-    label = row * 0
-    if not PROBABILITIES:
-        label = tl.load(target + target_offset, in_rows, other=0).to(tl.int64)
-        kept = in_rows & (label != ignore_index)
-    unit = tl.load(upstream + batch * upstream_b + row * upstream_r, in_rows, other=0.0).to(tl.float32) * scale
-    if COUNT:
-        unit /= tl.load(count).to(tl.float32)
-    _write_gradient(
-        _load(student, batch * student_b + row * student_r, columns, student_c, mask, float("-inf")),
-        _load(teacher, batch * teacher_b + row * teacher_r, columns, teacher_c, mask, float("-inf")),
-        target, gradient, target_offset, batch * gradient_b + row * gradient_r, target_c, gradient_c,
-        columns, mask, label, kept,
-        tl.load(state + index, in_rows, other=0.0),
-        tl.load(state + size + index, in_rows, other=0.0),
-        tl.load(state + 2 * size + index, in_rows, other=0.0) * unit,
-        tl.load(state + 3 * size + index, in_rows, other=0.0) * unit,
-        tl.load(state + 4 * size + index, in_rows, other=0.0) * unit,
-        tl.load(state + 5 * size + index, in_rows, other=0.0) * unit,
-        unit * (hard_weight * smoothing / classes), unit * (hard_weight * (1 - smoothing)),
-        inverse, TEMPERATURE, PROBABILITIES,
+    (
+        index, in_rows, kept, _inside, label, before, inner,
+        student_offset, teacher_offset, target_offset, gradient_offset,
+    ) = _place(
+        target, classes, rows, blocks, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+        target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
+        PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
+    )  # fmt: skip
+    batch = index // rows
+    factor = tl.load(upstream + batch * upstream_b + (index - batch * rows) * upstream_r, kept, other=0.0)
+    unit = tl.load(state + 6 * size + index, kept, other=0.0) * factor.to(tl.float32)
+    _reread_gradient(
+        student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+        student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, in_rows if PIXELS else kept,
+        label, kept,
+        tl.load(state + index, kept, other=0.0),
+        tl.load(state + size + index, kept, other=0.0),
+        tl.load(state + 2 * size + index, kept, other=0.0),
+        tl.load(state + 3 * size + index, kept, other=0.0),
+        tl.load(state + 4 * size + index, kept, other=0.0),
+        tl.load(state + 5 * size + index, kept, other=0.0),
+        unit, uniform, q_scale, rate,
+        TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, False, PIXELS, EDGES,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scale_kernel(
-    gradient, upstream, classes, rows, blocks, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr,
-):  # fmt: skip
-    """gradient *= upstream, in place and in float32; rows whose factor is 1, which is all of them as a rule, rest."""
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_rows = row < rows
-    factor = tl.load(upstream + batch * upstream_b + row * upstream_r, in_rows, other=1.0).to(tl.float32)
-    if tl.sum((factor != 1).to(tl.int32)) > 0:
-        columns = tl.program_id(1).to(tl.int64) * CLASSES + tl.arange(0, CLASSES)
-        mask = in_rows[:, None] & (columns < classes)[None, :]
-        offset = batch * gradient_b + row * gradient_r
-        value = _load(gradient, offset, columns, gradient_c, mask, 0.0) * factor[:, None]
-        tl.store(gradient + offset[:, None] + columns[None, :] * gradient_c, value, mask)
+def _scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr):
+    """gradient *= upstream, in place and in float32, unless the factor is 1, as it is as a rule.
+
+    So few programs that to find that out takes no time; if it is not so, each of them does its share.
+    """
+    factor = tl.load(upstream).to(tl.float32)
+    if factor != 1:
+        whole = size // 16 * 16
+        i = tl.arange(0, BLOCK)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, tl.num_programs(0) * BLOCK):
+            value = tl.load(gradient + start + i, start + i < whole, other=0.0).to(tl.float32)
+            tl.store(gradient + start + i, value * factor, start + i < whole)
+        if tl.program_id(0) == 0:
+            rest = whole + tl.arange(0, 16)
+            value = tl.load(gradient + rest, rest < size, other=0.0).to(tl.float32)
+            tl.store(gradient + rest, value * factor, rest < size)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def _count_kernel(target, counted, size, ignore_index):
+    """How many labels are not ignored, in PARTS parts, one a program."""
+    BLOCK: tl.constexpr = 1024
+    found = _count_labels(
+        target, tl.program_id(0).to(tl.int64) * BLOCK, PARTS * BLOCK, size, 1, ignore_index, BLOCK
+    )  # fmt: skip
+    tl.store(counted + tl.program_id(0), found)
 
 
 def forward(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool
 ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """The reduced loss, its gradient for an incoming gradient of 1 if asked for, else what `backward` needs."""
-    count, scale = _count(student, target, options)
+    """The reduced loss, its gradient for an incoming gradient of 1 if one is to be expected, and what `backward` needs.
+
+    Without a reduction the incoming gradient is hardly ever 1, and to scale every row moves as much as to begin anew.
+    """
+    ahead = with_gradient and options.reduction != "none"
     loss = student.new_empty(_row_shape(student), dtype=torch.float32)
-    gradient = torch.empty_like(_flat(student)) if with_gradient else None
-    state = None if with_gradient else student.new_empty((6, *loss.shape), dtype=torch.float32)
-    _launch_forward(
-        student, teacher, target, options.temperature, options.ignore_index,
-        options.alpha, options.hard_weight, options.label_smoothing, count, scale, loss, gradient, state,
-    )  # fmt: skip
+    gradient = torch.empty_like(student) if ahead else None
+    state = None if ahead else student.new_empty((7, *loss.shape), dtype=torch.float32)
+    _launch_forward(student, teacher, target, options, loss, gradient, state)
     if options.reduction != "none":
-        loss = loss.sum()
-        if options.reduction == "mean":
-            loss = loss * scale if count is None else loss / count
-    return loss, None if gradient is None else gradient.view(student.shape), () if state is None else (state,)
+        loss = loss.sum()  # of shares in the mean, where it is one
+        if options.reduction == "mean" and _elements(student) == 0:
+            loss = loss * math.nan
+    return loss, gradient, () if state is None else (state,)
 
 
 def backward(
@@ -393,50 +566,34 @@ def backward(
     """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     if not state:
         state = forward(student, teacher, target, options, False)[2]
-    count, scale = _count(student, target, options)
-    flat_student, flat_teacher, flat_target = _flat(student), _flat(teacher), _flat_target(target, student)
-    flat_upstream = _flat_rows(upstream, student)
-    gradient = torch.empty_like(flat_student)
-    classes, batches, rows = _extent(flat_student)
-    if rows * batches:
-        rows_block, classes_block = _elementwise_block(flat_student)
-        blocks = triton.cdiv(rows, rows_block)
+    gradient = torch.empty_like(student)
+    launch = _launch(student, teacher, target, gradient)
+    if launch.programs:
+        upstream = _flat_rows(upstream)
         with _device(student):
-            _backward_kernel[(batches * blocks, triton.cdiv(classes, classes_block))](
-                flat_student, flat_teacher, flat_target, gradient, state[0], flat_upstream,
-                target if count is None else count, classes, rows, blocks, batches * rows,
-                *_strides(flat_student), *_strides(flat_teacher), *_strides(flat_target), *_strides(gradient),
-                *_strides(flat_upstream)[::2],
-                options.ignore_index, 1 / options.temperature,
-                float(options.hard_weight), float(options.label_smoothing), scale,
+            _backward_kernel[(launch.programs,)](
+                *launch.tensors, state[0], upstream, *launch.sizes, *launch.strides, *_row_strides(upstream),
+                options.ignore_index, *_scalars(student, options),
                 TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
-                COUNT=count is not None, ROWS=rows_block, CLASSES=classes_block, num_warps=4,
+                SMOOTHING=_flag(options.label_smoothing > 0), **launch.constants,
             )  # fmt: skip
-    return gradient.view(student.shape)
+    return launch.tensors[3].view(student.shape)
 
 
-def terms(
-    student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student CE, teacher CE, weight and soft term of every element; 0 where it is ignored."""
     found = student.new_empty((4, *_row_shape(student)), dtype=torch.float32)
-    _launch_forward(student, teacher, target, temperature, ignore_index, terms=found)
+    _launch_forward(student, teacher, target, options, terms=found)
     student_ce, teacher_ce, weight, soft = found.unbind(0)
     return student_ce, teacher_ce, weight, soft
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Multiply a gradient that was formed for an incoming gradient of 1, in place."""
-    flat, flat_upstream = _flat(gradient), _flat_rows(upstream, gradient)
-    classes, batches, rows = _extent(flat)
-    if rows * batches:
-        rows_block, classes_block = _elementwise_block(flat)
-        blocks = triton.cdiv(rows, rows_block)
+    """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
+    size = gradient.numel()
+    if size:
         with _device(gradient):
-            _scale_kernel[(batches * blocks, triton.cdiv(classes, classes_block))](
-                flat, flat_upstream, classes, rows, blocks, *_strides(flat), *_strides(flat_upstream)[::2],
-                ROWS=rows_block, CLASSES=classes_block, num_warps=4,
-            )  # fmt: skip
+            _scale_kernel[(min(triton.cdiv(size, 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
     return gradient
 
 
@@ -444,93 +601,172 @@ def _launch_forward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    temperature: float,
-    ignore_index: int,
-    alpha: float = 0.0,
-    hard_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    count: Tensor | None = None,
-    scale: float = 1.0,
+    options: Options,
     loss: Tensor | None = None,
     gradient: Tensor | None = None,
     state: Tensor | None = None,
     terms: Tensor | None = None,
 ) -> None:
     """Run the forward kernel for those of its outputs that are given."""
-    student, teacher, target = _flat(student), _flat(teacher), _flat_target(target, student)
-    classes, batches, rows = _extent(student)
-    if rows * batches == 0:
+    launch = _launch(student, teacher, target, gradient)
+    if launch.programs == 0:
         return
-    rows_block, classes_block, warps = _reduction_block(student)
-    blocks = triton.cdiv(rows, rows_block)
-    smoothing = True if label_smoothing > 0 else False  # noqa: SIM210
-    one_block = True if classes <= classes_block else False  # noqa: SIM210
     unused = student  # any address will do where a pointer is not followed
     with _device(student):
-        _forward_kernel[(batches * blocks,)](
-            student, teacher, target,
-            unused if gradient is None else gradient, unused if loss is None else loss,
-            unused if state is None else state, unused if terms is None else terms,
-            unused if count is None else count,
-            classes, rows, blocks, batches * rows,
-            *_strides(student), *_strides(teacher), *_strides(target),
-            *_strides(student if gradient is None else gradient),
-            ignore_index, 1 / temperature, float(hard_weight),
-            float(alpha * temperature**2), float(alpha * temperature), float(label_smoothing), scale,
-            TEMPERATURE=_special(temperature), PROBABILITIES=target.is_floating_point(),
-            SMOOTHING=smoothing, COUNT=count is not None,
+        mode, counted, labels, scale = (0, None, 0, 1.0) if loss is None else _count(student, target, options)
+        _forward_kernel[(launch.programs,)](
+            *launch.tensors,
+            unused if loss is None else loss, unused if state is None else state, unused if terms is None else terms,
+            unused if counted is None else counted,
+            *launch.sizes, labels, *launch.strides, 1 if counted is None else counted.stride(0),
+            options.ignore_index, *_scalars(student, options), float(options.hard_weight),
+            float(options.alpha * options.temperature**2), float(options.alpha * options.temperature),
+            float(options.label_smoothing), scale,
+            TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
+            SMOOTHING=_flag(options.label_smoothing > 0), COUNT=mode,
             GRADIENT=gradient is not None, STATE=state is not None, TERMS=terms is not None,
-            ROWS=rows_block, CLASSES=classes_block, ONE_BLOCK=one_block, num_warps=warps,
+            ONE_BLOCK=launch.one_block, **launch.constants,
         )  # fmt: skip
+
+
+def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor | None, int, float]:
+    """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
+    if options.reduction != "mean":
+        return 0, None, 0, 1.0
+    if target.is_floating_point():
+        return 0, None, 0, 1 / _elements(student)
+    labels = target.reshape(-1)
+    # 1024 labels are read in no time, and counting them on the spot saves a launch. The compiler, for which a branch
+    # on the batch size would be a reason to compile twice, does without.
+    if not torch.compiler.is_compiling() and labels.numel() <= 1024:
+        return 1, labels, labels.numel(), 1.0
+    counted = student.new_empty(PARTS.value, dtype=torch.int32)
+    labels = labels.contiguous()
+    _count_kernel[(PARTS.value,)](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
+    return 2, counted, 0, 1.0
+
+
+class _Launch(NamedTuple):
+    """What the kernels that walk over logits have in common."""
+
+    programs: int
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # student, teacher, target, gradient
+    sizes: tuple[int, int, int, int]  # classes, rows, blocks, size
+    strides: tuple[int, ...]  # of the tensors, along batch, class and row
+    one_block: bool
+    constants: dict[str, Any]
+
+
+def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None) -> _Launch:
+    """Which program takes what. The numbers of rows and batches are ordinary arguments: another one compiles nothing.
+
+    Where a row stays in registers, 32 elements of both sets of logits a thread: fewer, and what is computed once a
+    thread and row costs more than the elements; more, and they no longer fit. So a warp holds 1024 elements, a row of
+    1000 classes needs no exchange between warps, and 8 warps hold 8192 without spilling to memory. Where registers
+    also carry statistics from block to block, 16; then 16 warps with 8192 elements fill a multiprocessor, so that as
+    few rows as possible are on their way and the second pass finds its row in the L2 cache.
+    """
+    student, teacher = _flat(student), _flat(teacher)
+    gradient = student if gradient is None else _flat(gradient)
+    probabilities = target.is_floating_point()
+    target = _flat(target) if probabilities else _flat_rows(target)
+    classes, batches, rows = _extent(student)
+    operands = [_strides(student), _strides(teacher), _strides(gradient)]
+    if probabilities:
+        target_strides = _strides(target)
+        operands.append(target_strides)
+    else:
+        batch_stride, row_stride = _row_strides(target)
+        target_strides = batch_stride, 1, row_stride
+    itemsize = min(student.element_size(), teacher.element_size())
+    unit = 8 if itemsize == 2 else 4  # elements in 16 bytes
+
+    pixels = _flag(operands[0][1] != 1 and operands[0][2] == 1)
+    edges = 0
+    if pixels:
+        # Each lane takes 16 bytes of neighbours and walks through the classes by itself: sums over them need no
+        # exchange between threads, and any number of classes fits without padding.
+        rows_block = _power_of_2(rows, 64 * unit)
+        classes_block = _power_of_2(classes, 1024 // rows_block)
+        align = _alignment(rows, *(stride for b, c, _ in operands for stride in (b, c)))
+    else:
+        classes_block = _power_of_2(classes, 8192)
+        rows_block = 1 if classes_block > 512 else 512 // classes_block
+        align = _alignment(classes, *(stride for b, _, r in operands for stride in (b, r)))
+        # Rows that start anywhere, but both sets of logits alike: all but their edges is 16 bytes wide.
+        if align < unit and classes > 1024 and _alike(operands, unit):
+            align, edges = 1, unit
+    one_block = _flag(classes <= classes_block)
+    warps = rows_block * classes_block // (1024 if one_block and not pixels else 512)
+    blocks = triton.cdiv(rows, rows_block)
+    return _Launch(
+        batches * blocks,
+        (student, teacher, target, gradient),
+        (classes, rows, blocks, batches * rows),
+        (*operands[0], *operands[1], *target_strides, *operands[2]),
+        one_block,
+        {
+            "ROWS": rows_block, "CLASSES": classes_block, "ALIGN": align, "PIXELS": pixels, "EDGES": edges,
+            "num_warps": 1 if warps < 1 else warps,
+        },
+    )  # fmt: skip
 
 
 def _flat(logits: Tensor) -> Tensor:
     """View logits as (N, C, D). Only trailing dimensions that no single stride can walk are copied, in their order."""
-    if logits.dim() == 1:
-        return logits.view(1, -1, 1)
-    return logits.unsqueeze(-1) if logits.dim() == 2 else logits.flatten(2)
+    return logits.flatten(2) if logits.dim() > 3 else logits
+
+
+def _flat_rows(rows: Tensor) -> Tensor:
+    """View one entry an element as (N, D)."""
+    return rows.flatten(1) if rows.dim() > 2 else rows
 
 
 def _row_shape(logits: Tensor) -> torch.Size:
     return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
 
 
+def _elements(logits: Tensor) -> int:
+    return _row_shape(logits).numel()
+
+
 def _extent(flat: Tensor) -> tuple[int, int, int]:
     """Classes, batches and rows of a batch: (N, C) is one batch of N rows, (N, C, D) is N batches of D rows."""
-    n, classes, across = flat.shape
-    return (classes, 1, n) if across == 1 else (classes, n, across)
+    if flat.dim() == 1:
+        return flat.shape[0], 1, 1
+    if flat.dim() == 2 or flat.shape[2] == 1:
+        return flat.shape[1], 1, flat.shape[0]
+    return flat.shape[1], flat.shape[0], flat.shape[2]
 
 
 def _strides(flat: Tensor) -> tuple[int, int, int]:
-    """Of batch, class and row, for the same reading of (N, C, D) as in `_extent`."""
+    """Of batch, class and row, for the same reading as in `_extent`."""
+    if flat.dim() == 1:
+        return 0, flat.stride(0), 0
+    if flat.dim() == 2 or flat.shape[2] == 1:
+        return 0, flat.stride(1), flat.stride(0)
     n, classes, across = flat.stride()
-    return (0, classes, n) if flat.shape[2] == 1 else (n, classes, across)
+    return n, classes, across
 
 
-def _flat_rows(rows: Tensor, logits: Tensor) -> Tensor:
-    """View one entry an element as (N, 1, D); a scalar stands for all of them."""
-    rows = rows.expand(_row_shape(logits))
-    if rows.dim() < 2:
-        return rows.reshape(-1, 1, 1)
-    return rows.flatten(1).unsqueeze(1)
-
-
-def _flat_target(target: Tensor, logits: Tensor) -> Tensor:
-    return _flat(target) if target.is_floating_point() else _flat_rows(target, logits)
-
-
-def _count(student: Tensor, target: Tensor, options: Options) -> tuple[Tensor | None, float]:
-    """The denominator of the mean: where it depends on the data a tensor on the device, else within a factor."""
-    if options.reduction != "mean":
-        return None, 1.0
-    if target.is_floating_point():
-        elements = _row_shape(student).numel()
-        return None, 1 / elements if elements else math.nan
-    return (target.long() != options.ignore_index).sum(), 1.0
+def _row_strides(rows: Tensor) -> tuple[int, int]:
+    """Of batch and row, for one entry an element; a scalar stands for all of them."""
+    if rows.dim() == 0:
+        return 0, 0
+    if rows.dim() == 1 or rows.shape[1] == 1:
+        return 0, rows.stride(0)
+    return rows.stride(0), rows.stride(1)
 
 
 # The compiler may hand over sizes and options as symbols. What a kernel is compiled for must be a number: only the
 # outcome of an `if` is one.
+
+
+def _scalars(student: Tensor, options: Options) -> tuple[float, float, float]:
+    """`rate`, `uniform`, `q_scale`: of the exponentials, and of the hard gradient, hard_weight * (p - q_smoothed)."""
+    smoothed = options.hard_weight * options.label_smoothing
+    classes = _extent(student)[0]
+    return math.log2(math.e) / options.temperature, smoothed / classes, float(options.hard_weight - smoothed)
 
 
 def _special(temperature: float) -> int:
@@ -538,6 +774,10 @@ def _special(temperature: float) -> int:
     if temperature == 1:
         return 1
     return 2 if temperature == 2 else 0
+
+
+def _flag(condition: bool) -> bool:
+    return True if condition else False  # noqa: SIM210
 
 
 def _power_of_2(size: int, largest: int) -> int:
@@ -548,37 +788,23 @@ def _power_of_2(size: int, largest: int) -> int:
     return power
 
 
-def _lanes_on_rows(flat: Tensor) -> bool:
-    """Whether neighbours in memory are rows (pixels), not classes."""
-    _, class_stride, row_stride = _strides(flat)
-    return class_stride != 1 and row_stride == 1
+def _alignment(*numbers: int) -> int:
+    """The largest power of two, 16 at most, of which all of these are multiples."""
+    align = 16
+    for number in numbers:
+        while number % align:
+            align //= 2
+    return align
 
 
-def _reduction_block(flat: Tensor) -> tuple[int, int, int]:
-    """ROWS, CLASSES and warps of a program that reduces over the classes."""
-    classes = flat.shape[1]
-    if _lanes_on_rows(flat):
-        # As many classes as leave 32 pixels, which fill a memory line; 8 elements of both sets of logits a thread.
-        classes_block = _power_of_2(classes, 64)
-        return 2048 // classes_block, classes_block, 8
-    # 16 elements of both sets of logits a thread leave registers for the arithmetic: 16 warps hold 8192 classes without
-    # spilling, 16384 spill. Few classes: several rows share a program, whose numbers take registers as well.
-    classes_block = _power_of_2(classes, 8192)
-    if classes > classes_block:
-        classes_block = 4096
-    if classes_block < 1024:
-        return 1024 // classes_block, classes_block, 4
-    return 1, classes_block, min(classes_block // 512, 16)
-
-
-def _elementwise_block(flat: Tensor) -> tuple[int, int]:
-    """ROWS and CLASSES of a program that treats every element alone: 2048 of them, along whatever is contiguous."""
-    classes_block = _power_of_2(flat.shape[1], 16 if _lanes_on_rows(flat) else 2048)
-    return 2048 // classes_block, classes_block
+def _alike(operands: list[tuple[int, int, int]], unit: int) -> bool:
+    """Whether contiguous rows of all operands start at the same distance from a multiple of `unit`."""
+    b, _, r = operands[0]
+    return all(c == 1 and (b - other_b) % unit == 0 and (r - other_r) % unit == 0 for other_b, c, other_r in operands)
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.is_cuda and not torch.compiler.is_compiling():
+    if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()

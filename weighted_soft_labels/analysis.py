@@ -62,9 +62,8 @@ def wsl_terms(
         >>> terms.weight  # a student that equals its teacher: 1 - 1/e
         tensor([0.6321, 0.6321])
     """
-    check_options(Options(temperature=temperature, ignore_index=ignore_index))
+    options = Options(temperature=temperature, ignore_index=ignore_index)
+    check_options(options)
     check_tensors(student_logits, teacher_logits, target)
-    terms = implementation(student_logits, teacher_logits).terms(
-        student_logits, teacher_logits, target, temperature, ignore_index
-    )
+    terms = implementation(student_logits, teacher_logits).terms(student_logits, teacher_logits, target, options)
     return WSLTerms(*(term.float() for term in terms))
