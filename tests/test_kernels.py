@@ -320,7 +320,7 @@ def test_nothing_is_read_back_to_the_host(probabilities, monkeypatch):
                 student = inputs[0].detach().to(dtype).requires_grad_()
                 wsl_loss(student, *inputs[1:], reduction=reduction).sum().backward()
                 ahead = dtype == torch.float32 and reduction != "none"
-                many = shape[0] == 1025 and reduction == "mean" and not probabilities
+                many = shape != (8, 10) and reduction == "mean" and not probabilities
                 assert launched == [
                     *(["_count_kernel"] if many else []),
                     "_forward_kernel",

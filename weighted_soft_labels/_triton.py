@@ -33,13 +33,19 @@ from torch import Tensor
 if TYPE_CHECKING:
     from weighted_soft_labels.loss import Options
 
-EPS = tl.constexpr(1e-7)  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-PARTS = tl.constexpr(256)  # in which many labels are counted
+PARTS = 256  # in which many labels are counted
 
 # Arguments that change with the batch: no kernel is compiled anew for one of them.
-COUNTS = ["rows", "blocks", "size", "labels", "ignore_index"]
+COUNTS = ["rows", "size", "ignore_index"]
+
+
+# Numbers stand where they are used, not in globals, which every launch would compare with what they were.
+
+
+@triton.jit
+def _exp(x):
+    """exp(x) by the hardware's exp2."""
+    return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -59,19 +65,25 @@ def _one_minus_exp(r):
     p = 1 - r * (1 / 8) * (1 - r * (1 / 9))
     p = 1 - r * (1 / 5) * (1 - r * (1 / 6) * (1 - r * (1 / 7) * p))
     p = 1 - r * (1 / 2) * (1 - r * (1 / 3) * (1 - r * (1 / 4) * p))
-    return tl.where(r < 0.5, r * p, 1 - tl.exp2(-r * LOG2E))
+    return tl.where(r < 0.5, r * p, 1 - _exp(-r))
 
 
 @triton.jit
-def _exponentials(z, rate, TEMPERATURE: tl.constexpr):
-    """exp(z), exp(z / T), where rate = log2(e) / T; one exponential where squaring loses no digit that counts."""
-    soft = tl.exp2(z * rate)
+def _soft_exp(z, inverse):
+    """exp(z / T), where inverse = 1 / T."""
+    return tl.exp2(z * (inverse * 1.4426950408889634))
+
+
+@triton.jit
+def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
+    """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
+    soft = _soft_exp(z, inverse)
     if TEMPERATURE == 1:
         e = soft
     elif TEMPERATURE == 2:
         e = soft * soft
     else:
-        e = tl.exp2(z * LOG2E)
+        e = _exp(z)
     return e, soft
 
 
@@ -107,7 +119,7 @@ def _load(pointer, offset, columns, stride, mask, other, POLICY: tl.constexpr):
 
 
 @triton.jit
-def _row(x, is_label, peak, others, soft_sum, rate, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr):
+def _row(x, is_label, peak, others, soft_sum, inverse, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr):
     """Take a block of classes into the statistics of a row.
 
     `others` is the sum of exp(z) over every class but one, the label: from it the cross-entropy follows without
@@ -118,8 +130,8 @@ def _row(x, is_label, peak, others, soft_sum, rate, TEMPERATURE: tl.constexpr, P
     new_peak = tl.maximum(peak, tl.max(x, axis=1))
     shift = _finite(new_peak)
     z = x - shift[:, None]
-    e, soft = _exponentials(z, rate, TEMPERATURE)
-    factor = tl.exp2((peak - shift) * LOG2E)
+    e, soft = _exponentials(z, inverse, TEMPERATURE)
+    factor = _exp(peak - shift)
     if PROBABILITIES:
         # The class left out counts exp(0) = 1 as soon as the maximum leaves it behind.
         at_peak = z == 0
@@ -129,7 +141,7 @@ def _row(x, is_label, peak, others, soft_sum, rate, TEMPERATURE: tl.constexpr, P
         others = tl.where(moved, (1 + others) * factor + below + (count - 1), others + below + count)
     else:
         others = others * factor + tl.sum(tl.where(is_label, 0.0, e), axis=1)
-    factor = tl.exp2((peak - shift) * rate)
+    factor = _soft_exp(peak - shift, inverse)
     soft_sum = soft_sum * factor + tl.sum(soft, axis=1)
     return z, soft, new_peak, others, soft_sum, shift - _finite(peak), factor
 
@@ -137,7 +149,7 @@ def _row(x, is_label, peak, others, soft_sum, rate, TEMPERATURE: tl.constexpr, P
 @triton.jit
 def _statistics(
     student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-    columns, mask, label, taken, rate,
+    columns, mask, label, taken, inverse,
     student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
     dot, z_sum, mass, student_qz, teacher_qz,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, POLICY: tl.constexpr,
@@ -151,10 +163,10 @@ def _statistics(
     is_label = columns == label[:, None]
     earlier = teacher_sum
     student_z, _, student_peak, student_others, student_sum, student_move, _ = _row(
-        s, is_label, student_peak, student_others, student_sum, rate, TEMPERATURE, PROBABILITIES
+        s, is_label, student_peak, student_others, student_sum, inverse, TEMPERATURE, PROBABILITIES
     )
     teacher_z, soft, teacher_peak, teacher_others, teacher_sum, teacher_move, factor = _row(
-        t, is_label, teacher_peak, teacher_others, teacher_sum, rate, TEMPERATURE, PROBABILITIES
+        t, is_label, teacher_peak, teacher_others, teacher_sum, inverse, TEMPERATURE, PROBABILITIES
     )
     dot = _rescale(dot - earlier * student_move, factor) + _dot(soft, student_z)
     if SMOOTHING:
@@ -181,7 +193,7 @@ def _edges(classes, before, inner, EDGES: tl.constexpr):
 
 @triton.jit
 def _place(
-    target, classes, rows, blocks,
+    target, classes, rows,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
     PROBABILITIES: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
@@ -192,6 +204,7 @@ def _place(
     labels count from there, `before` classes lie before it, `inner` ones fill whole 16-byte units after it, and
     `_edges` are the rest.
     """
+    blocks = tl.cdiv(rows, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     index = batch * rows + row
@@ -245,14 +258,14 @@ def _count_labels(target, first, step, size, target_r, ignore_index, BLOCK: tl.c
 
 
 @triton.jit
-def _unit(counted, labels, counted_r, ignore_index, scale, COUNT: tl.constexpr):
+def _unit(target, counted, rows, target_r, ignore_index, scale, COUNT: tl.constexpr, PARTS: tl.constexpr):
     """What every element counts in the loss: `scale`, for a mean over labels divided by how many are not ignored.
 
     Few labels are counted here, by every program; of many, `_count_kernel` has counted PARTS.
     """
     unit = scale
     if COUNT == 1:
-        unit = scale / _count_labels(counted, 0, 256, labels, counted_r, ignore_index, 256).to(tl.float32)
+        unit = scale / _count_labels(target, 0, 256, rows, target_r, ignore_index, 256).to(tl.float32)
     if COUNT == 2:
         unit = scale / tl.sum(tl.load(counted + tl.arange(0, PARTS)), axis=0).to(tl.float32)
     return unit
@@ -261,13 +274,13 @@ def _unit(counted, labels, counted_r, ignore_index, scale, COUNT: tl.constexpr):
 @triton.jit
 def _write_gradient(
     student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-    columns, mask, label, kept, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+    columns, mask, label, kept, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
     POLICY: tl.constexpr,
 ):  # fmt: skip
     """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one block of classes, all scales included."""
-    e, student_soft = _exponentials(student_z, rate, TEMPERATURE)
-    teacher_soft = tl.exp2(teacher_z * rate)
+    e, student_soft = _exponentials(student_z, inverse, TEMPERATURE)
+    teacher_soft = _soft_exp(teacher_z, inverse)
     hard = hard_scale[:, None] * e
     if SMOOTHING:
         hard -= uniform[:, None]
@@ -288,7 +301,7 @@ def _reread_gradient(
     student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
     student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
     student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
-    uniform, q_scale, rate,
+    uniform, q_scale, inverse,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr, EDGES_ONLY: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
@@ -308,7 +321,7 @@ def _reread_gradient(
                 s - student_peak[:, None], t - teacher_peak[:, None],
                 target, gradient, target_offset, gradient_offset, target_c, gradient_c,
                 columns, in_rows[:, None] & inside, label, kept,
-                hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+                hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
                 TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
             )  # fmt: skip
     if EDGES:
@@ -319,20 +332,20 @@ def _reread_gradient(
             s - student_peak[:, None], t - teacher_peak[:, None],
             target, gradient, target_offset, gradient_offset, target_c, gradient_c,
             edges, in_rows[:, None] & inside, label, kept,
-            hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, rate,
+            hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
             TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, state, terms, counted,
-    classes, rows, blocks, size, labels,
+    student, teacher, target, gradient, loss, numbers, counted,
+    classes, rows,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, counted_r,
-    ignore_index, rate, uniform, q_scale, hard_weight, alpha_t2, alpha_t, smoothing, scale,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
+    ignore_index, inverse, uniform, q_scale, hard_weight, alpha_t2, alpha_t, smoothing, scale,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
-    GRADIENT: tl.constexpr, STATE: tl.constexpr, TERMS: tl.constexpr,
+    PARTS: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, TERMS: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ONE_BLOCK: tl.constexpr,
     ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
@@ -346,7 +359,7 @@ def _forward_kernel(
         index, in_rows, kept, inside, label, before, inner,
         student_offset, teacher_offset, target_offset, gradient_offset,
     ) = _place(
-        target, classes, rows, blocks, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+        target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
         PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
     )  # fmt: skip
@@ -367,7 +380,7 @@ def _forward_kernel(
             dot, z_sum, mass, student_qz, teacher_qz,
         ) = _statistics(
             student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-            edges, read[:, None] & inside_row, label, taken, rate,
+            edges, read[:, None] & inside_row, label, taken, inverse,
             student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
             dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
         )  # fmt: skip
@@ -378,7 +391,7 @@ def _forward_kernel(
             dot, z_sum, mass, student_qz, teacher_qz,
         ) = _statistics(
             student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-            column, read[:, None] & (column < inner[:, None]), label, taken, rate,
+            column, read[:, None] & (column < inner[:, None]), label, taken, inverse,
             student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
             dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
         )  # fmt: skip
@@ -391,7 +404,7 @@ def _forward_kernel(
             ) = _statistics(
                 student, teacher, target, student_offset, teacher_offset, target_offset,
                 student_c, teacher_c, target_c,
-                columns, read[:, None] & (columns < inner[:, None]), label, taken + start, rate,
+                columns, read[:, None] & (columns < inner[:, None]), label, taken + start, inverse,
                 student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
                 dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_last",
             )  # fmt: skip
@@ -406,20 +419,22 @@ def _forward_kernel(
         student_others = tl.where(inside, student_others, float("nan"))
         mass, student_qz, teacher_qz = nothing + 1, student_label_z, teacher_label_z
     # log Z = log1p(Z - 1): the label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-    label_e = tl.exp2(student_label_z * LOG2E)
+    label_e = _exp(student_label_z)
     student_log_z = _log1p(student_others + (label_e - 1))
     student_ce = mass * student_log_z - student_qz
-    teacher_ce = mass * _log1p(teacher_others + (tl.exp2(teacher_label_z * LOG2E) - 1)) - teacher_qz
+    teacher_ce = mass * _log1p(teacher_others + (_exp(teacher_label_z) - 1)) - teacher_qz
+    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
     # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(student_ce == float("inf"), 1.0, _one_minus_exp(student_ce / (teacher_ce + EPS)))
-    soft = tl.log(student_sum) - dot / teacher_sum * (rate * LN2)
+    weight = tl.where(student_ce == float("inf"), 1.0, _one_minus_exp(student_ce / (teacher_ce + 1e-7)))
+    soft = tl.log(student_sum) - dot / teacher_sum * inverse
+    size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
     if TERMS:
-        tl.store(terms + index, tl.where(kept, student_ce, 0.0), in_rows)
-        tl.store(terms + size + index, tl.where(kept, teacher_ce, 0.0), in_rows)
-        tl.store(terms + 2 * size + index, tl.where(kept, weight, 0.0), in_rows)
-        tl.store(terms + 3 * size + index, tl.where(kept, soft, 0.0), in_rows)
+        tl.store(numbers + index, tl.where(kept, student_ce, 0.0), in_rows)
+        tl.store(numbers + size + index, tl.where(kept, teacher_ce, 0.0), in_rows)
+        tl.store(numbers + 2 * size + index, tl.where(kept, weight, 0.0), in_rows)
+        tl.store(numbers + 3 * size + index, tl.where(kept, soft, 0.0), in_rows)
     else:
-        unit = nothing + _unit(counted, labels, counted_r, ignore_index, scale, COUNT)
+        unit = nothing + _unit(target, counted, rows, target_r, ignore_index, scale, COUNT, PARTS)
         hard = student_ce
         if SMOOTHING:
             flat = student_log_z - z_sum / classes
@@ -442,38 +457,38 @@ def _forward_kernel(
         teacher_scale = tl.where(kept, soft_scale / teacher_sum, 0.0)
         student_peak, teacher_peak = _finite(student_peak), _finite(teacher_peak)
     if STATE:
-        tl.store(state + index, student_peak, in_rows)
-        tl.store(state + size + index, teacher_peak, in_rows)
-        tl.store(state + 2 * size + index, hard_scale, in_rows)
-        tl.store(state + 3 * size + index, at_label, in_rows)
-        tl.store(state + 4 * size + index, student_scale, in_rows)
-        tl.store(state + 5 * size + index, teacher_scale, in_rows)
-        tl.store(state + 6 * size + index, unit, in_rows)
+        tl.store(numbers + index, student_peak, in_rows)
+        tl.store(numbers + size + index, teacher_peak, in_rows)
+        tl.store(numbers + 2 * size + index, hard_scale, in_rows)
+        tl.store(numbers + 3 * size + index, at_label, in_rows)
+        tl.store(numbers + 4 * size + index, student_scale, in_rows)
+        tl.store(numbers + 5 * size + index, teacher_scale, in_rows)
+        tl.store(numbers + 6 * size + index, unit, in_rows)
     if GRADIENT:
         if ONE_BLOCK:
             _write_gradient(
                 student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
                 column, in_rows[:, None] & (column < inner[:, None]), label, kept,
                 hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit,
-                uniform * unit, q_scale * unit, rate,
+                uniform * unit, q_scale * unit, inverse,
                 TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "",
             )  # fmt: skip
         _reread_gradient(
             student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
             student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
             student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
-            uniform, q_scale, rate,
+            uniform, q_scale, inverse,
             TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, ONE_BLOCK, PIXELS, EDGES,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, state, upstream,
-    classes, rows, blocks, size,
+    student, teacher, target, gradient, numbers, upstream,
+    classes, rows,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    ignore_index, rate, uniform, q_scale,
+    ignore_index, inverse, uniform, q_scale,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
@@ -485,24 +500,25 @@ def _backward_kernel(
         index, in_rows, kept, _inside, label, before, inner,
         student_offset, teacher_offset, target_offset, gradient_offset,
     ) = _place(
-        target, classes, rows, blocks, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+        target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
         PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
     )  # fmt: skip
+    size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
     batch = index // rows
     factor = tl.load(upstream + batch * upstream_b + (index - batch * rows) * upstream_r, kept, other=0.0)
-    unit = tl.load(state + 6 * size + index, kept, other=0.0) * factor.to(tl.float32)
+    unit = tl.load(numbers + 6 * size + index, kept, other=0.0) * factor.to(tl.float32)
     _reread_gradient(
         student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
         student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, in_rows if PIXELS else kept,
         label, kept,
-        tl.load(state + index, kept, other=0.0),
-        tl.load(state + size + index, kept, other=0.0),
-        tl.load(state + 2 * size + index, kept, other=0.0),
-        tl.load(state + 3 * size + index, kept, other=0.0),
-        tl.load(state + 4 * size + index, kept, other=0.0),
-        tl.load(state + 5 * size + index, kept, other=0.0),
-        unit, uniform, q_scale, rate,
+        tl.load(numbers + index, kept, other=0.0),
+        tl.load(numbers + size + index, kept, other=0.0),
+        tl.load(numbers + 2 * size + index, kept, other=0.0),
+        tl.load(numbers + 3 * size + index, kept, other=0.0),
+        tl.load(numbers + 4 * size + index, kept, other=0.0),
+        tl.load(numbers + 5 * size + index, kept, other=0.0),
+        unit, uniform, q_scale, inverse,
         TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, False, PIXELS, EDGES,
     )  # fmt: skip
 
@@ -527,7 +543,7 @@ def _scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _count_kernel(target, counted, size, ignore_index):
+def _count_kernel(target, counted, size, ignore_index, PARTS: tl.constexpr):
     """How many labels are not ignored, in PARTS parts, one a program."""
     BLOCK: tl.constexpr = 1024
     found = _count_labels(
@@ -572,7 +588,8 @@ def backward(
         upstream = _flat_rows(upstream)
         with _device(student):
             _backward_kernel[(launch.programs,)](
-                *launch.tensors, state[0], upstream, *launch.sizes, *launch.strides, *_row_strides(upstream),
+                *launch.tensors, state[0], upstream, launch.classes, launch.rows, *launch.strides,
+                *_row_strides(upstream),
                 options.ignore_index, *_scalars(student, options),
                 TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
                 SMOOTHING=_flag(options.label_smoothing > 0), **launch.constants,
@@ -583,7 +600,7 @@ def backward(
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Student CE, teacher CE, weight and soft term of every element; 0 where it is ignored."""
     found = student.new_empty((4, *_row_shape(student)), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options, terms=found)
+    _launch_forward(student, teacher, target, options, numbers=found)
     student_ce, teacher_ce, weight, soft = found.unbind(0)
     return student_ce, teacher_ce, weight, soft
 
@@ -593,7 +610,7 @@ def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
     size = gradient.numel()
     if size:
         with _device(gradient):
-            _scale_kernel[(min(triton.cdiv(size, 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
+            _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
     return gradient
 
 
@@ -604,46 +621,43 @@ def _launch_forward(
     options: Options,
     loss: Tensor | None = None,
     gradient: Tensor | None = None,
-    state: Tensor | None = None,
-    terms: Tensor | None = None,
+    numbers: Tensor | None = None,
 ) -> None:
-    """Run the forward kernel for those of its outputs that are given."""
+    """Run the forward kernel for the outputs that are given; `numbers` are a row's state or, alone, its terms."""
     launch = _launch(student, teacher, target, gradient)
     if launch.programs == 0:
         return
     unused = student  # any address will do where a pointer is not followed
     with _device(student):
-        mode, counted, labels, scale = (0, None, 0, 1.0) if loss is None else _count(student, target, options)
+        mode, counted, scale = (0, None, 1.0) if loss is None else _count(student, target, options)
         _forward_kernel[(launch.programs,)](
-            *launch.tensors,
-            unused if loss is None else loss, unused if state is None else state, unused if terms is None else terms,
-            unused if counted is None else counted,
-            *launch.sizes, labels, *launch.strides, 1 if counted is None else counted.stride(0),
+            *launch.tensors, unused if loss is None else loss, unused if numbers is None else numbers,
+            unused if counted is None else counted, launch.classes, launch.rows, *launch.strides,
             options.ignore_index, *_scalars(student, options), float(options.hard_weight),
             float(options.alpha * options.temperature**2), float(options.alpha * options.temperature),
             float(options.label_smoothing), scale,
             TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
-            SMOOTHING=_flag(options.label_smoothing > 0), COUNT=mode,
-            GRADIENT=gradient is not None, STATE=state is not None, TERMS=terms is not None,
-            ONE_BLOCK=launch.one_block, **launch.constants,
+            SMOOTHING=_flag(options.label_smoothing > 0), COUNT=mode, PARTS=PARTS,
+            GRADIENT=gradient is not None,
+            STATE=numbers is not None and loss is not None, TERMS=loss is None, ONE_BLOCK=launch.one_block,
+            **launch.constants,
         )  # fmt: skip
 
 
-def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor | None, int, float]:
+def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor | None, float]:
     """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
     if options.reduction != "mean":
-        return 0, None, 0, 1.0
+        return 0, None, 1.0
     if target.is_floating_point():
-        return 0, None, 0, 1 / _elements(student)
-    labels = target.reshape(-1)
+        return 0, None, 1 / _elements(student)
     # 1024 labels are read in no time, and counting them on the spot saves a launch. The compiler, for which a branch
     # on the batch size would be a reason to compile twice, does without.
-    if not torch.compiler.is_compiling() and labels.numel() <= 1024:
-        return 1, labels, labels.numel(), 1.0
-    counted = student.new_empty(PARTS.value, dtype=torch.int32)
-    labels = labels.contiguous()
-    _count_kernel[(PARTS.value,)](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
-    return 2, counted, 0, 1.0
+    if student.dim() == 2 and not torch.compiler.is_compiling() and student.shape[0] <= 1024:
+        return 1, None, 1.0
+    counted = student.new_empty(PARTS, dtype=torch.int32)
+    labels = target.reshape(-1).contiguous()
+    _count_kernel[(PARTS,)](labels, counted, labels.numel(), options.ignore_index, PARTS=PARTS, num_warps=4)
+    return 2, counted, 1.0
 
 
 class _Launch(NamedTuple):
@@ -651,7 +665,8 @@ class _Launch(NamedTuple):
 
     programs: int
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # student, teacher, target, gradient
-    sizes: tuple[int, int, int, int]  # classes, rows, blocks, size
+    classes: int
+    rows: int  # of a batch
     strides: tuple[int, ...]  # of the tensors, along batch, class and row
     one_block: bool
     constants: dict[str, Any]
@@ -698,11 +713,11 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
             align, edges = 1, unit
     one_block = _flag(classes <= classes_block)
     warps = rows_block * classes_block // (1024 if one_block and not pixels else 512)
-    blocks = triton.cdiv(rows, rows_block)
     return _Launch(
-        batches * blocks,
+        batches * -(-rows // rows_block),
         (student, teacher, target, gradient),
-        (classes, rows, blocks, batches * rows),
+        classes,
+        rows,
         (*operands[0], *operands[1], *target_strides, *operands[2]),
         one_block,
         {
@@ -741,11 +756,12 @@ def _extent(flat: Tensor) -> tuple[int, int, int]:
 
 def _strides(flat: Tensor) -> tuple[int, int, int]:
     """Of batch, class and row, for the same reading as in `_extent`."""
-    if flat.dim() == 1:
-        return 0, flat.stride(0), 0
-    if flat.dim() == 2 or flat.shape[2] == 1:
-        return 0, flat.stride(1), flat.stride(0)
-    n, classes, across = flat.stride()
+    strides = flat.stride()
+    if len(strides) == 1:
+        return 0, strides[0], 0
+    if len(strides) == 2 or flat.shape[2] == 1:
+        return 0, strides[1], strides[0]
+    n, classes, across = strides
     return n, classes, across
 
 
@@ -763,10 +779,10 @@ def _row_strides(rows: Tensor) -> tuple[int, int]:
 
 
 def _scalars(student: Tensor, options: Options) -> tuple[float, float, float]:
-    """`rate`, `uniform`, `q_scale`: of the exponentials, and of the hard gradient, hard_weight * (p - q_smoothed)."""
+    """`inverse`, `uniform`, `q_scale`: 1 / T, and of the hard gradient, hard_weight * (p - q_smoothed)."""
     smoothed = options.hard_weight * options.label_smoothing
     classes = _extent(student)[0]
-    return math.log2(math.e) / options.temperature, smoothed / classes, float(options.hard_weight - smoothed)
+    return 1 / options.temperature, smoothed / classes, float(options.hard_weight - smoothed)
 
 
 def _special(temperature: float) -> int:
