@@ -678,8 +678,8 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
     Where a row stays in registers, 32 elements of both sets of logits a thread: fewer, and what is computed once a
     thread and row costs more than the elements; more, and they no longer fit. So a warp holds 1024 elements, a row of
     1000 classes needs no exchange between warps, and 8 warps hold 8192 without spilling to memory. Where registers
-    also carry statistics from block to block, 16; then 16 warps with 8192 elements fill a multiprocessor, so that as
-    few rows as possible are on their way and the second pass finds its row in the L2 cache.
+    also carry statistics from block to block, 16, and 8 with a target of probabilities beside them; then 16 warps fill
+    a multiprocessor, so that few rows are on their way and the second pass finds its row in the L2 cache.
     """
     student, teacher = _flat(student), _flat(teacher)
     gradient = student if gradient is None else _flat(gradient)
@@ -701,18 +701,20 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
     if pixels:
         # Each lane takes 16 bytes of neighbours and walks through the classes by itself: sums over them need no
         # exchange between threads, and any number of classes fits without padding.
-        rows_block = _power_of_2(rows, 64 * unit)
-        classes_block = _power_of_2(classes, 1024 // rows_block)
+        rows_block = _power_of_2(rows, 128 * unit)
+        classes_block = _power_of_2(classes, 2048 // rows_block)
         align = _alignment(rows, *(stride for b, c, _ in operands for stride in (b, c)))
     else:
         classes_block = _power_of_2(classes, 8192)
+        if classes > classes_block and probabilities:
+            classes_block = 4096
         rows_block = 1 if classes_block > 512 else 512 // classes_block
         align = _alignment(classes, *(stride for b, _, r in operands for stride in (b, r)))
         # Rows that start anywhere, but both sets of logits alike: all but their edges is 16 bytes wide.
         if align < unit and classes > 1024 and _alike(operands, unit):
             align, edges = 1, unit
     one_block = _flag(classes <= classes_block)
-    warps = rows_block * classes_block // (1024 if one_block and not pixels else 512)
+    warps = rows_block * classes_block // (512 if pixels else 1024) if pixels or one_block else 16
     return _Launch(
         batches * -(-rows // rows_block),
         (student, teacher, target, gradient),
