@@ -1,0 +1,137 @@
+"""The networks are those of RepDistiller, so that its checkpoints mean here what they mean there.
+
+Two files in `data` say what those are. `repdistiller_layouts.json` holds names and shapes, in order, of the state dicts
+of eight models for 100 classes. `repdistiller_logits.json` holds, for every model, the number of parameters and logits:
+`logits_by_mode` below was given `model_dict[name](num_classes=100)` of RepDistiller's own code (commit b84f547 of
+https://github.com/HobbitLong/RepDistiller), and of its result nine digits of the first three logits of each image were
+written down. It computes in float64, on numbers from NumPy's `RandomState`, which never change; so neither the version
+of torch nor the processor matters, even to a hundred layers in training mode.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+
+from cifar_models import MODELS
+
+DATA = Path(__file__).parent / "data"
+LAYOUTS = json.loads((DATA / "repdistiller_layouts.json").read_text())
+LOGITS = json.loads((DATA / "repdistiller_logits.json").read_text())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """More gain little on two small images, and lose a lot on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fill(model: nn.Module) -> None:
+    """The same state for every network of the same layout, with logits of moderate size at any depth."""
+    source = np.random.RandomState(0)
+    for name, tensor in model.double().state_dict().items():
+        uniform = torch.as_tensor(source.uniform(-1, 1, tuple(tensor.shape)))
+        if tensor.ndim > 1:
+            tensor.copy_(uniform * (3 / tensor[0].numel()) ** 0.5)  # variance 1 / fan-in
+        elif name.endswith(("weight", "running_var")):
+            tensor.copy_(1 + uniform / 2)
+        elif name.endswith(("bias", "running_mean")):
+            tensor.copy_(uniform / 2)
+
+
+def logits_by_mode(model: nn.Module) -> dict[str, Tensor]:
+    """Of two images, with running and with batch statistics. Fills the model."""
+    fill(model)
+    images = torch.from_numpy(np.random.RandomState(1).uniform(-1, 1, (2, 3, 32, 32)))
+    with torch.no_grad():
+        return {"eval": model.eval()(images), "train": model.train()(images)}
+
+
+def test_has_the_models_of_repdistiller() -> None:
+    assert list(MODELS) == list(LOGITS)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_state_dict_has_the_published_layout(name: str) -> None:
+    with torch.device("meta"):
+        layout = {key: list(tensor.shape) for key, tensor in MODELS[name](num_classes=100).state_dict().items()}
+    assert layout == LAYOUTS[name]
+    assert list(layout) == list(LAYOUTS[name])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_loads_a_checkpoint(name: str, tmp_path: Path) -> None:
+    """In the form of RepDistiller's train_teacher.py; written from the published layout, not from our model."""
+    state = {
+        key: torch.tensor(7) if key.endswith("num_batches_tracked") else torch.rand(shape)
+        for key, shape in LAYOUTS[name].items()
+    }
+    torch.save({"epoch": 240, "model": state, "accuracy": torch.tensor(70.0)}, tmp_path / "ckpt_epoch_240.pth")
+
+    model = MODELS[name](num_classes=100)
+    model.load_state_dict(torch.load(tmp_path / "ckpt_epoch_240.pth", map_location="cpu")["model"])
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[key]), key
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_computes_what_the_original_computes(name: str) -> None:
+    model = MODELS[name](num_classes=100)
+    assert sum(parameter.numel() for parameter in model.parameters()) == LOGITS[name]["parameters"]
+    for mode, logits in logits_by_mode(model).items():
+        assert logits.shape == (2, 100)
+        expected = torch.tensor(LOGITS[name][mode], dtype=torch.float64)
+        error = (logits[:, :3] - expected).abs().max() / expected.abs().max()
+        assert error < 1e-6, mode
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_of_ten_logits_reaches_every_parameter(name: str) -> None:
+    """With running statistics: a bias that precedes batch statistics has no effect, hence no gradient."""
+    torch.manual_seed(0)
+    model = MODELS[name](num_classes=10).eval()
+    logits = model(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 10)
+    logits.sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None, key
+        assert parameter.grad.isfinite().all(), key
+        assert parameter.grad.any(), key
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "variance"),
+    [
+        ("resnet8x4", "layer3.0.conv1.weight", 2 / (9 * 256)),
+        ("resnet8x4", "layer3.0.downsample.0.weight", 2 / 256),
+        ("resnet8x4", "fc.weight", 1 / (3 * 256)),  # PyTorch's default: uniform within 1 / sqrt(fan-in)
+        ("wrn_16_2", "block3.layer.1.conv2.weight", 2 / (9 * 128)),
+        ("wrn_16_2", "fc.bias", 0),
+        ("vgg8", "block4.0.weight", 2 / (9 * 512)),
+        ("vgg8", "block4.0.bias", 0),
+        ("vgg8", "classifier.weight", 0.01**2),
+        ("vgg8", "classifier.bias", 0),
+        ("MobileNetV2", "blocks.6.0.conv.3.weight", 2 / (9 * 480)),  # depthwise
+        ("MobileNetV2", "classifier.0.weight", 0.01**2),
+        ("MobileNetV2", "classifier.0.bias", 0),
+        ("ShuffleV1", "layer3.1.conv1.weight", 1 / (3 * 320)),
+        ("ShuffleV2", "conv2.weight", 1 / (3 * 464)),
+    ],
+)
+def test_starts_training_from_the_same_distribution(name: str, key: str, variance: float) -> None:
+    """The variances are read off RepDistiller's code."""
+    torch.manual_seed(0)
+    values = MODELS[name](num_classes=100).state_dict()[key]
+    assert values.square().mean().item() == pytest.approx(variance, rel=0.1)
