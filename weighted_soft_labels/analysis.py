@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from weighted_soft_labels.loss import Options, check_options, check_tensors, implementation
 
-__all__ = ["WSLTerms", "wsl_terms"]
+__all__ = ["WSLTerms", "regularization_samples", "wsl_terms"]
+
+# Logits at a time, of which there are about ten copies in scratch memory: as many as stay in the cache.
+CHUNK = 2**16
 
 
 class WSLTerms(NamedTuple):
@@ -67,3 +73,153 @@ def wsl_terms(
     check_tensors(student_logits, teacher_logits, target)
     terms = implementation(student_logits, teacher_logits).terms(student_logits, teacher_logits, target, options)
     return WSLTerms(*(term.float() for term in terms))
+
+
+@torch.no_grad()
+def regularization_samples(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Tensor,
+    *,
+    temperature: float = 2.0,
+    ignore_index: int = -100,
+) -> Tensor:
+    r"""Which elements are regularization samples: distillation pulls more on the variance than on the bias.
+
+    On the student's logit of the true class y, ``a = d CE / d s_y`` stands for the bias and
+    ``b = d (L_kd - CE) / d s_y`` for the variance, where ``L_kd = T^2 * CE(s / T, softmax(t / T))``. An element is a
+    regularization sample if ``|b| > |a|``. With p the probability of y, at temperature 1 and (primed) at T::
+
+        a = p_s - 1 <= 0        b = x - a        x = T * (p'_s - p'_t)
+        |b| > |a|   <=>   x > 0   or   -x > 2 * (1 - p_s)
+
+    Of a probability near 1 there is nothing left of ``1 - p``, but all of it in the log-odds,
+    ``l = log(p / (1 - p)) = s_y - logsumexp of the other logits``, by which both sides can be told apart however
+    confident the models are::
+
+        x > 0   <=>   l'_s > l'_t
+        -x = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))        compared with 2 * (1 - p_s) by the logarithms
+
+    At T = 1, ``-x <= 1 - p_s``, so what remains is ``p_s > p_t``: the student is better than the teacher on this label
+    already. That is ``student_ce < teacher_ce``, or ``weight < 1 - 1/e`` (see :func:`wsl_terms`; up to the 1e-7 that
+    the weight adds to the teacher's cross-entropy). A student that equals its teacher has none, at any temperature.
+
+    Args:
+        student_logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` with any strides; float16, bfloat16, float32 or
+            float64. ``-inf`` masks a class.
+        teacher_logits: Same shape and device; the dtype may differ.
+        target: Class indices shaped like the logits without the class dimension, or class probabilities q shaped like
+            the logits. For those, a and b are the derivatives along q, as the logits go from s to s + eps * q:
+            ``a = sum_c q_c * (p_c - q_c)`` and ``x = T * sum_c q_c * (p'_s,c - p'_t,c)``. For one-hot q that is the
+            case of an index; other q have no such relation to ``weight``.
+        temperature: T > 0 of `L_kd`, any float. Default 2, the loss's. Numbers of samples compare at one T only.
+        ignore_index: Elements with this index target are none, whatever their logits hold.
+
+    Returns:
+        A bool tensor, shaped like an index target, computed in float64 (on MPS: float32). False where a logit is NaN.
+
+    Raises:
+        TypeError, ValueError: As :func:`weighted_soft_labels.wsl_loss`.
+        IndexError: On a CPU, an index target names no class. On a GPU and in compiled code that element is False.
+
+    Source:
+        Zhou et al., ICLR 2021: the samples that let the bias grow and the variance shrink, of which label-smoothed
+        teachers have more. The derivatives are compared by magnitude; at T = 1, ``b > a`` holds for nearly every one.
+
+    Example:
+        >>> import torch
+        >>> from weighted_soft_labels.analysis import regularization_samples
+        >>> student_logits = torch.tensor([[3.0, 0.0], [0.0, 0.0]])
+        >>> teacher_logits = torch.tensor([[2.0, 0.0], [2.0, 0.0]])
+        >>> regularization_samples(student_logits, teacher_logits, torch.tensor([0, 0]))
+        tensor([ True, False])
+    """
+    check_options(Options(temperature=temperature, ignore_index=ignore_index))
+    check_tensors(student_logits, teacher_logits, target)
+    student, teacher = _classes_last(student_logits), _classes_last(teacher_logits)
+    classes = student.shape[-1]
+
+    found = torch.empty(student.shape[:-1], dtype=torch.bool, device=student.device)
+    for box in _boxes(found.shape, CHUNK // classes):
+        s, t = (_rows(logits, box) for logits in (student, teacher))
+        s, t = s - s.amax(-1, keepdim=True), t - t.amax(-1, keepdim=True)
+        if target.is_floating_point():
+            rows = _regularize_along(_rows(_classes_last(target), box), s, t, temperature)
+        else:
+            label, kept = _label(target[box], classes, ignore_index)
+            rows = _regularize(label, s, t, temperature) & kept.squeeze(-1)
+        found[box] = rows.view(found[box].shape)
+    return found
+
+
+# --- elements in chunks: rows of classes, wherever the classes were ---
+
+
+def _classes_last(logits: Tensor, first: int = 0) -> Tensor:
+    """Logits with their class dimension at the end; `first` dimensions come before the layout of the loss."""
+    return logits.movedim(min(first + 1, logits.dim() - 1), -1)
+
+
+def _boxes(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a tensor of this shape into boxes of at most `size` entries, but at least one."""
+    if not shape:
+        yield ()
+        return
+    step = max(1, size // max(1, math.prod(shape[1:])))
+    for start in range(0, shape[0], step):
+        for rest in _boxes(shape[1:], size):
+            yield (slice(start, start + step), *rest)
+
+
+def _rows(logits: Tensor, box: tuple[slice, ...]) -> Tensor:
+    """The elements of a box as (n, C), or as (M, n, C) for the logits of M models.
+
+    In float64, which leaves of float32 logits every digit that counts, except on MPS, which has none.
+    """
+    models = logits.dim() - 1 - len(box)
+    part = logits[(slice(None),) * models + box]
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    return part.reshape(*part.shape[:models], -1, part.shape[-1]).to(dtype).contiguous()
+
+
+def _label(target: Tensor, classes: int, ignore_index: int | None = None) -> tuple[Tensor, Tensor]:
+    """Labels (n, 1) that can index, and which of them the target had. Raises IndexError on a CPU."""
+    label = target.reshape(-1, 1).long()
+    inside = (label >= 0) & (label < classes)
+    ignored = torch.zeros_like(inside) if ignore_index is None else label == ignore_index
+    if label.device.type == "cpu" and not torch.compiler.is_compiling() and not (inside | ignored).all():
+        legal = f"[0, {classes})" if ignore_index is None else f"[0, {classes}) or ignore_index ({ignore_index})"
+        wrong = int(label[~(inside | ignored)][0])
+        raise IndexError(f"target must hold class indices in {legal}, got {wrong}")
+    kept = inside & ~ignored
+    return label.where(kept, 0), kept
+
+
+# --- the rule of regularization samples; logits are (n, C) with maximum 0, results (n,) ---
+
+
+def _regularize(label: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    s, t = _log_odds(student, label, temperature), _log_odds(teacher, label, temperature)
+    log_lag = math.log(temperature) + F.logsigmoid(t) + F.logsigmoid(-s) + (-torch.expm1(s - t)).log()
+    return (s > t) | (log_lag > math.log(2) + F.logsigmoid(-_log_odds(student, label, 1.0)))
+
+
+def _log_odds(z: Tensor, label: Tensor, temperature: float) -> Tensor:
+    """``log(p / (1 - p))`` of the label; no difference that cancels, as it or one of the others is the maximum, 0."""
+    others = z.scatter(-1, label, -math.inf)
+    return z.gather(-1, label).squeeze(-1) / temperature - (others / temperature).logsumexp(-1)
+
+
+def _regularize_along(q: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """For class probabilities; where the probabilities of all but one class underflow, x and a are 0."""
+    p = student.softmax(-1)
+    p_student, p_teacher = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
+    a = _derivative(q, q.sum(-1, keepdim=True) * p - q, p)
+    x = temperature * _derivative(q, p_student - p_teacher, p_student + p_teacher)
+    # |x - a| > |a|, without the difference.
+    return ((x > 0) & (x > 2 * a)) | ((x < 0) & (x < 2 * a))
+
+
+def _derivative(q: Tensor, gradient: Tensor, p: Tensor) -> Tensor:
+    """``sum_c q_c * gradient_c``, where the gradient sums to 0: without the likeliest class, whose entry cancels."""
+    return ((q - q.gather(-1, p.argmax(-1, keepdim=True))) * gradient).sum(-1)
