@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weighted_soft_labels.loss import Options, check_options, check_tensors, implementation
+from weighted_soft_labels.loss import _DTYPES, Options, check_options, check_tensors, implementation
 
-__all__ = ["WSLTerms", "regularization_samples", "wsl_terms"]
+__all__ = ["BiasVariance", "WSLTerms", "bias_variance", "regularization_samples", "wsl_terms"]
 
 # Logits at a time, of which there are about ten copies in scratch memory: as many as stay in the cache.
 CHUNK = 2**16
@@ -25,6 +25,13 @@ class WSLTerms(NamedTuple):
     teacher_ce: Tensor
     weight: Tensor
     soft: Tensor
+
+
+class BiasVariance(NamedTuple):
+    """The two parts of the expected cross-entropy of every element; see :func:`bias_variance`."""
+
+    bias: Tensor
+    variance: Tensor
 
 
 @torch.no_grad()
@@ -152,6 +159,89 @@ def regularization_samples(
     return found
 
 
+@torch.no_grad()
+def bias_variance(logits: Tensor, target: Tensor) -> BiasVariance:
+    r"""Bias and variance of the cross-entropy of M models, for every element.
+
+    With ``yhat_m = softmax(logits_m)`` and their mean prediction ``ybar``, the normalised geometric mean, which is the
+    softmax of the mean logits::
+
+        bias     = CE(ybar, y) = -log ybar_y              = -sum_c q_c log ybar_c  for class probabilities q
+        variance = mean_m KL(ybar || yhat_m)              = -log sum_c exp(mean_m log yhat_m,c)
+        mean_m CE(yhat_m, y) = bias + variance
+
+    The bias contains the noise of the labels: for class probabilities it is KL(q || ybar) plus the entropy of q.
+    The two forms of the variance are equal as mean_m log yhat_m and log ybar differ by a constant of the element.
+    Neither is computed as it stands, as both cancel for confident models: the bias is ``log1p`` of a sum over the
+    classes but one maximum, and the variance a sum of terms that are >= 0, with ``e = log yhat_m,c - log ybar_c``::
+
+        KL(ybar || yhat_m) = sum_c ybar_c * (exp(e) - 1 - e)        as both sets of probabilities sum to 1
+
+    Args:
+        logits: ``(M, C)``, ``(M, N, C)`` or ``(M, N, C, d1, ..., dk)``, M >= 1: the models, then what the loss takes,
+            with any strides; float16, bfloat16, float32 or float64. To estimate the expectation that the theory is
+            about, train the models on disjoint parts of the training set.
+        target: Class indices shaped like the logits of one model without the class dimension, or class probabilities
+            shaped like the logits of one model, of sum 1.
+
+    Returns:
+        ``BiasVariance(bias, variance)``, each shaped like an index target, in nats, >= 0; float32, or float64 if the
+        logits are; computed in float64 (on MPS: float32). One model, or several that agree, have variance 0 exactly.
+        ``-inf`` logits are legal: a class that any model masks has ``ybar`` 0, so that the bias is inf if it is the
+        label; if the models leave no class to agree on, both are inf. NaN where a logit is NaN.
+
+    Raises:
+        TypeError: `logits` or `target` is not a tensor, or its dtype is not one of the above.
+        ValueError: There is no model, or shapes or devices do not fit together.
+        IndexError: On a CPU, an index target names no class; there is no index to ignore. On a GPU and in compiled
+            code that element is NaN.
+
+    Source:
+        Heskes, "Bias/Variance Decompositions for Likelihood-Based Estimators", Neural Computation 1998; Yang et al.,
+        "Rethinking Bias-Variance Trade-off for Generalization of Neural Networks", ICML 2020; Zhou et al., ICLR 2021.
+
+    Example:
+        >>> import torch
+        >>> from weighted_soft_labels.analysis import bias_variance
+        >>> logits = torch.tensor([[[2.0, 0.0], [3.0, 0.0]], [[0.0, 2.0], [3.0, 0.0]]])  # two models, two elements
+        >>> bias_variance(logits, torch.tensor([0, 0]))
+        BiasVariance(bias=tensor([0.6931, 0.0486]), variance=tensor([0.4338, 0.0000]))
+    """
+    _check_models(logits, target)
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    models = _classes_last(logits, first=1)
+    count, classes = models.shape[0], models.shape[-1]
+
+    bias = torch.empty(models.shape[1:-1], dtype=dtype, device=logits.device)
+    variance = torch.empty_like(bias)
+    for box in _boxes(bias.shape, CHUNK // (count * classes)):
+        rows = _rows(models, box)
+        if target.is_floating_point():
+            found = _decompose(_rows(_classes_last(target), box), rows)
+        else:
+            label, kept = _label(target[box], classes)
+            found = _decompose(label, rows).masked_fill(~kept.squeeze(-1), math.nan)
+        bias[box], variance[box] = found.view(2, *bias[box].shape)
+    return BiasVariance(bias, variance)
+
+
+def _check_models(logits: Tensor, target: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
+    shape = tuple(logits.shape)
+    if len(shape) < 2:
+        raise ValueError(f"logits must be (M, C), (M, N, C) or (M, N, C, d1, ..., dk), got shape {shape}")
+    if shape[0] == 0:
+        raise ValueError(f"logits must be those of at least one model, got shape {shape}")
+    if shape[min(2, len(shape) - 1)] == 0:
+        raise ValueError(f"logits must have at least one class, got shape {shape}")
+    if isinstance(target, Tensor) and target.device != logits.device:
+        raise ValueError(f"logits and target must be on the same device, got {logits.device} and {target.device}")
+    check_tensors(logits[0], logits[0], target)
+
+
 # --- elements in chunks: rows of classes, wherever the classes were ---
 
 
@@ -223,3 +313,37 @@ def _regularize_along(q: Tensor, student: Tensor, teacher: Tensor, temperature: 
 def _derivative(q: Tensor, gradient: Tensor, p: Tensor) -> Tensor:
     """``sum_c q_c * gradient_c``, where the gradient sums to 0: without the likeliest class, whose entry cancels."""
     return ((q - q.gather(-1, p.argmax(-1, keepdim=True))) * gradient).sum(-1)
+
+
+# --- bias and variance; logits are (M, n, C) ---
+
+
+def _decompose(target: Tensor, logits: Tensor) -> Tensor:
+    """Bias and variance, stacked, for labels (n, 1) or probabilities (n, C)."""
+    z = logits - logits.amax(-1, keepdim=True)
+    lowest = z.amin(0)
+    # Counted from the first model, the mean of models that agree is each of them to the last digit.
+    mean = torch.where(lowest == -math.inf, lowest, z[0] + (z - z[0]).mean(0))
+    z = torch.cat((z, mean[None]))
+    peak, index = z.max(-1, keepdim=True)
+    z = z - peak
+    e = z.exp()
+    rest = e.scatter(-1, index, 0.0).sum(-1, keepdim=True)
+    p, log_sum = e / (rest + 1), rest.log1p()
+
+    if target.is_floating_point():
+        label_z = torch.where(target == 0, 0.0, target * z[-1]).sum(-1)
+        bias = target.sum(-1) * log_sum[-1].squeeze(-1) - label_z
+    else:
+        bias = (log_sum[-1] - z[-1].gather(-1, target)).squeeze(-1)
+    distance = (z[:-1] - z[-1]) - (log_sum[:-1] - log_sum[-1])
+    variance = _divergence(p[-1], p[:-1], distance).sum(-1).mean(0)
+    nothing_in_common = (peak[-1] == -math.inf).squeeze(-1)
+    return torch.stack((bias, variance)).masked_fill(nothing_in_common, math.inf)
+
+
+def _divergence(ybar: Tensor, yhat: Tensor, distance: Tensor) -> Tensor:
+    """``ybar * (exp(d) - 1 - d) >= 0`` for ``d = log yhat - log ybar``, also where exp(d) or d itself is infinite."""
+    near = ybar * (torch.expm1(distance) - distance)
+    far = torch.where(ybar == 0, yhat, yhat - ybar * (1 + distance))
+    return torch.where((ybar == 0) | (distance > 1), far, near).clamp(min=0)
