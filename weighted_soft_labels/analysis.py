@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weighted_soft_labels.loss import _DTYPES, Options, check_options, check_tensors, implementation
+from weighted_soft_labels.loss import DTYPES, Options, check_options, check_tensors, implementation
 
 __all__ = ["BiasVariance", "WSLTerms", "bias_variance", "regularization_samples", "wsl_terms"]
 
@@ -228,7 +228,7 @@ def bias_variance(logits: Tensor, target: Tensor) -> BiasVariance:
 def _check_models(logits: Tensor, target: Tensor) -> None:
     if not isinstance(logits, Tensor):
         raise TypeError(f"logits must be a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
+    if logits.dtype not in DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     shape = tuple(logits.shape)
     if len(shape) < 2:

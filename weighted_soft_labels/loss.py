@@ -16,7 +16,7 @@ from weighted_soft_labels import _eager
 
 __all__ = ["WSLLoss", "wsl_loss"]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -174,7 +174,7 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
-        if logits.dtype not in _DTYPES:
+        if logits.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if not isinstance(target, Tensor):
         raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
@@ -189,7 +189,7 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     if shape[min(1, len(shape) - 1)] == 0:
         raise ValueError(f"student_logits must have at least one class, got shape {tuple(shape)}")
 
-    if target.dtype in _DTYPES:
+    if target.dtype in DTYPES:
         kind, expected = "class probabilities (floating point) must have the shape of the logits", shape
     elif target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
