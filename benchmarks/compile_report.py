@@ -101,11 +101,13 @@ class Specialisation(NamedTuple):
     constexprs: dict[str, Any]
     attributes: dict[tuple[int], Any]
     num_warps: int
+    maxnreg: int | None
 
     def compile(self, target: GPUTarget) -> Any:
         kernel = getattr(_triton, self.kernel)
         source = ASTSource(kernel, self.signature, constexprs=self.constexprs, attrs=self.attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps})
+        registers = {"maxnreg": self.maxnreg} if target.backend == "cuda" else {}
+        return triton.compile(source, target=target, options={"num_warps": self.num_warps, **registers})
 
     def output(self) -> str:
         return next((flag.lower() for flag in ("GRADIENT", "STATE", "TERMS") if self.constexprs.get(flag)), "")
@@ -128,7 +130,7 @@ class Recorder:
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return self.record
 
-    def record(self, *args: Any, num_warps: int, **constants: Any) -> None:
+    def record(self, *args: Any, num_warps: int, maxnreg: int | None = None, **constants: Any) -> None:
         values = dict(zip(self.kernel.arg_names, args)) | constants
         signature, constexprs, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
@@ -144,7 +146,9 @@ class Recorder:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
-        self.launches.append(Specialisation(self.kernel.__name__, signature, constexprs, attributes, num_warps))
+        self.launches.append(
+            Specialisation(self.kernel.__name__, signature, constexprs, attributes, num_warps, maxnreg)
+        )
 
 
 def launches(case: Case) -> list[Specialisation]:
