@@ -9,6 +9,7 @@ them be that wide. Run `python benchmarks/compile_report.py`.
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import subprocess
@@ -234,23 +235,27 @@ class Job(NamedTuple):
         return f"{self.case.regime:24s} {shape:34s} {kernel} {numbers}  {access}{wrong}", bool(wrong)
 
 
-def jobs() -> list[Job]:
+def jobs(regimes: list[str]) -> list[Job]:
     """Every specialisation once, for every target."""
     found = {}
     for case in CASES:
-        for launch in launches(case):
+        for launch in launches(case) if case.regime in regimes else ():
             found.setdefault(repr(launch), (case, launch))
     return [Job(case, launch, target) for case, launch in found.values() for target in TARGETS]
 
 
 def main() -> int:
+    regimes = list(dict.fromkeys(case.regime for case in CASES))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regimes", nargs="+", choices=regimes, default=regimes, metavar="NAME", help="only these")
+    args = parser.parse_args()
     print(f"torch {torch.__version__}, triton {triton.__version__}")
     print(
         f"{'regime':24s} {'logits':34s} {'kernel':16s} {'outputs':8s} {'target':6s} warps registers spilled shared  "
         "loads  stores (count x bytes)"
     )
     failures = 0
-    found = jobs()
+    found = jobs(args.regimes)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         for line, wrong in pool.map(Job.run, found, chunksize=4):
             print(line, flush=True)

@@ -22,28 +22,79 @@ def run(script, *arguments):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
 def test_kernels_compile_ahead_of_time_without_spilling():
-    report = run("compile_report.py")
+    """One regime; continuous integration reports on all."""
+    report = run("compile_report.py", "--regimes", "one block, any start")
     assert report.returncode == 0, report.stdout + report.stderr
     for target in ("sm_80", "sm_90", "gfx942"):
-        for kernel in ("_forward_kernel", "_backward_kernel", "_scale_kernel"):
+        for kernel in ("_forward_kernel", "_backward_kernel", "_scale_kernel", "_count_kernel"):
             assert any(kernel in line and target in line for line in report.stdout.splitlines())
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+def test_report_tells_narrow_from_wide():
+    """The check itself: rows of 1000 bf16 can be taken 16 bytes at a time, rows of 10 cannot."""
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import compile_report as report
+wide, narrow = (report.Case("", report.BF16, classes) for classes in (1000, 10))
+assert report.wide(wide.logits()) and not report.wide(narrow.logits())
+launch = next(launch for launch in report.launches(narrow) if launch.output() == "gradient")
+target = report.TARGETS["sm_90"]
+access = report.resources(launch.compile(target))[2]
+least = launch.least_accesses(target, 2)
+assert access.loads[16] < least.loads[16] and access.stores[16] < least.stores[16], (access, least)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(BENCHMARKS)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
-def test_loss_benchmark_writes_its_table(tmp_path):
-    out = tmp_path / "results.csv"
-    report = run("bench_loss.py", "--seconds", "0.5", "--shapes", "CIFAR-100", "--out", str(out))
+def test_loss_benchmark_writes_its_table_and_the_figures_follow_from_it(tmp_path):
+    report = run(
+        "bench_loss.py", "--device", "cpu", "--seconds", "0.5", "--shapes", "CIFAR-100", "ImageNet",
+        "--out", str(tmp_path),
+    )  # fmt: skip
     assert report.returncode == 0, report.stderr
-    rows = list(csv.DictReader(out.open()))
-    assert [row["provider"] for row in rows] == [
+    rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
+    assert [row["provider"] for row in rows if row["logits"] == "128x100"] == [
         "official",
         "official, compiled",
         "cross_entropy",
         "cross_entropy, compiled",
         "wsl_loss",
         "wsl_loss, compiled",
+        "copy",
     ]
     for row in rows:
         assert 0 < float(row["p20_us"]) <= float(row["p50_us"]) <= float(row["p80_us"])
-        assert row["device"]
-        assert row["torch"]
+        assert float(row["share_of_copy"]) > 0
+        tensors = 2 if row["provider"].startswith(("cross_entropy", "copy")) else 3
+        elements = 128 * 100 if row["logits"] == "128x100" else 256 * 1000
+        assert int(row["ideal_bytes"]) == tensors * elements * 4
+        assert all(row[column] for column in ("device", "torch", "commit"))
+
+    figures = run("plot.py", "--results", str(tmp_path), "--figures", str(tmp_path / "figures"))
+    assert figures.returncode == 0, figures.stderr
+    for name in ("time", "bandwidth", "memory"):
+        assert (tmp_path / "figures" / f"cpu_float32_{name}.png").stat().st_size > 10_000
+
+
+def test_benchmarks_say_what_they_lack(tmp_path):
+    assert "ImageNet-21k" in run("bench_loss.py", "--shapes", "no such use").stderr
+    nothing = run("plot.py", "--results", str(tmp_path))
+    assert nothing.returncode != 0
+    assert "bench_loss.py" in nothing.stderr
+
+
+def test_training_step_is_measured_with_real_networks(tmp_path):
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import bench_loss
+for use in bench_loss.STEPS[:1]:
+    for row in bench_loss.training_rows(use, "cpu", 0.1):
+        assert 0 < row["loss_share_of_step"] < 1, row
+"""
+    found = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, timeout=200)
+    assert found.returncode == 0, found.stderr

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Everything that only a GPU can show, in one command: tests, memory and race checks, benchmark, figures.
+# The summary stays in benchmarks/results/gpu_checks.txt. Needs the extras test and bench.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+summary=benchmarks/results/gpu_checks.txt
+mkdir -p "$(dirname "$summary")"
+failed=0
+
+check() { # name, command...
+    local name=$1 log
+    log=$(mktemp)
+    shift
+    echo "=== $name: $*"
+    if "$@" 2>&1 | tee "$log"; then result=passed; else result=FAILED failed=1; fi
+    printf '%-22s %s  %s\n' "$name" "$result" "$(grep -E 'passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|kernels, ' "$log" | tail -1)" >>"$summary"
+    rm -f "$log"
+}
+
+python - >"$summary" <<'PYTHON'
+import torch, triton
+print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+PYTHON
+git describe --always --dirty >>"$summary"
+
+check tests python -m pytest -q
+regimes=(python -m pytest -q -p no:cacheprovider tests/test_kernels.py -k "every_regime or edges or few_and_many or scaled")
+check memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "${regimes[@]}"
+check racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "${regimes[@]}"
+check compile_report python benchmarks/compile_report.py
+check benchmark python benchmarks/bench_loss.py
+check figures python benchmarks/plot.py
+cat "$summary"
+exit $failed
