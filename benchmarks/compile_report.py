@@ -60,7 +60,8 @@ class Case(NamedTuple):
             return torch.empty(4096, self.classes, dtype=self.dtype, device="meta")
         if self.layout == "(N, C), padded":
             return torch.empty(4096, self.classes + 8, dtype=self.dtype, device="meta")[:, :-8]
-        pixels = torch.empty(8, self.classes, 64, 96, dtype=self.dtype, device="meta")
+        height, width = (40, 65) if self.layout == "(N, C, 40, 65)" else (64, 96)
+        pixels = torch.empty(8, self.classes, height, width, dtype=self.dtype, device="meta")
         return pixels.to(memory_format=torch.channels_last) if self.layout == "channels_last" else pixels
 
 
@@ -78,6 +79,7 @@ CASES = [
     *(Case("many classes, any start", dtype, 21841) for dtype in (BF16, FP32)),
     *(Case("pixels", dtype, 19, "(N, C, H, W)", t) for dtype in (BF16, FP32) for t in (1.0, 2.0, 4.0)),
     Case("pixels", HALF, 19, "(N, C, H, W)"),
+    *(Case("pixels", dtype, 19, "(N, C, 40, 65)") for dtype in (BF16, FP32)),  # 2600 = 8 * 325 of them
     Case("pixels", BF16, 150, "(N, C, H, W)", label_smoothing=0.1),
     Case("few classes", BF16, 24, "channels_last"),
     Case("one block", FP32, 1000, "(N, C), padded"),

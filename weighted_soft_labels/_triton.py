@@ -248,6 +248,12 @@ def _place(
 
 
 @triton.jit
+def _steps(student_c, teacher_c, gradient_c, ALIGN: tl.constexpr):
+    """From class to class, where the neighbours that are taken together are rows."""
+    return _aligned(student_c, ALIGN), _aligned(teacher_c, ALIGN), _aligned(gradient_c, ALIGN)
+
+
+@triton.jit
 def _count_labels(target, first, step, size, target_r, ignore_index, BLOCK: tl.constexpr):
     """How many labels are not ignored, of those of one block in every `step`, from `first` on."""
     total = tl.zeros([BLOCK], tl.int32)
@@ -298,6 +304,26 @@ def _write_gradient(
 
 
 @triton.jit
+def _reread_block(
+    student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+    student_c, teacher_c, target_c, gradient_c, columns, inside, in_rows, read, label, kept, student_peak, teacher_peak,
+    hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+):  # fmt: skip
+    """`_write_gradient` of logits that are read for it, and not needed afterwards."""
+    mask = read[:, None] & inside
+    s = _load(student, student_offset, columns, student_c, mask, float("-inf"), "evict_first")
+    t = _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf"), "evict_first")
+    _write_gradient(
+        s - student_peak[:, None], t - teacher_peak[:, None],
+        target, gradient, target_offset, gradient_offset, target_c, gradient_c,
+        columns, in_rows[:, None] & inside, label, kept,
+        hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
+        TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
+    )  # fmt: skip
+
+
+@triton.jit
 def _reread_gradient(
     student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
     student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
@@ -306,7 +332,7 @@ def _reread_gradient(
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     CLASSES: tl.constexpr, EDGES_ONLY: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """`_write_gradient` for the logits that have to be read once more, the last ones, which the cache holds, first."""
+    """The gradient of all blocks of classes, from the last, which the cache still holds, to the first; of the edges."""
     hard_scale, at_label, student_scale, teacher_scale = (
         hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit
     )  # fmt: skip
@@ -315,26 +341,19 @@ def _reread_gradient(
         last = (classes - 1) // CLASSES * CLASSES
         for start in range(0, classes, CLASSES):
             columns = last - start + tl.arange(0, CLASSES)[None, :]
-            inside = columns < inner[:, None]
-            s = _load(student, student_offset, columns, student_c, read[:, None] & inside, float("-inf"), "evict_first")
-            t = _load(teacher, teacher_offset, columns, teacher_c, read[:, None] & inside, float("-inf"), "evict_first")
-            _write_gradient(
-                s - student_peak[:, None], t - teacher_peak[:, None],
-                target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-                columns, in_rows[:, None] & inside, label, kept,
-                hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-                TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
+            _reread_block(
+                student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+                student_c, teacher_c, target_c, gradient_c, columns, columns < inner[:, None], in_rows, read, label,
+                kept, student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale,
+                inverse, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS,
             )  # fmt: skip
     if EDGES:
-        edges, inside = _edges(classes, before, inner, EDGES)
-        s = _load(student, student_offset, edges, student_c, read[:, None] & inside, float("-inf"), "evict_first")
-        t = _load(teacher, teacher_offset, edges, teacher_c, read[:, None] & inside, float("-inf"), "evict_first")
-        _write_gradient(
-            s - student_peak[:, None], t - teacher_peak[:, None],
-            target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-            edges, in_rows[:, None] & inside, label, kept,
-            hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-            TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
+        edges, inside_row = _edges(classes, before, inner, EDGES)
+        _reread_block(
+            student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
+            student_c, teacher_c, target_c, gradient_c, edges, inside_row, in_rows, read, label,
+            kept, student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale,
+            inverse, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS,
         )  # fmt: skip
 
 
@@ -366,6 +385,8 @@ def _forward_kernel(
     )  # fmt: skip
     column = tl.arange(0, CLASSES)[None, :]
     read = in_rows if PIXELS else kept
+    if PIXELS:
+        student_c, teacher_c, gradient_c = _steps(student_c, teacher_c, gradient_c, ALIGN)
 
     # statistics
     nothing = tl.zeros([ROWS], tl.float32)
@@ -505,6 +526,8 @@ def _backward_kernel(
         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
         PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
     )  # fmt: skip
+    if PIXELS:
+        student_c, teacher_c, gradient_c = _steps(student_c, teacher_c, gradient_c, ALIGN)
     size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
     batch = index // rows
     factor = tl.load(upstream + batch * upstream_b + (index - batch * rows) * upstream_r, kept, other=0.0)
@@ -765,7 +788,7 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
     }  # fmt: skip
     if pixels and torch.version.hip is None and not torch.compiler.is_compiling():
         # Left to itself the assembler may spill a register to fit one program more. The compiler has no such option.
-        constants["maxnreg"] = 255 if unit == 8 else 168
+        constants["maxnreg"] = 255
     return _Launch(
         batches * -(-rows // rows_block),
         (student, teacher, target, gradient),
