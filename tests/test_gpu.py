@@ -54,8 +54,8 @@ def test_large_shapes(shape, dtype):
 
 def test_more_elements_than_32_bits_count():
     rows, classes = 2**16 + 8, 2**15
-    if torch.cuda.mem_get_info()[0] < 4 * rows * classes * 2:
-        pytest.skip("needs 18 GB of free GPU memory")
+    if torch.cuda.mem_get_info()[0] < 8 * rows * classes * 2:
+        pytest.skip("needs 35 GB of free GPU memory")
     student = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16)
     teacher = torch.randn(rows, classes, device="cuda", dtype=torch.bfloat16)
     target = torch.randint(classes, (rows,), device="cuda")
@@ -65,8 +65,6 @@ def test_more_elements_than_32_bits_count():
     last = slice(rows - 16, rows)
     _, expected = step(wsl_loss, student[last], teacher[last], target[last], reduction="sum")
     torch.testing.assert_close(gradient[last], expected)
-    for layout in (student.T, teacher.T):
-        assert layout.stride(0) == 1
     transposed = step(wsl_loss, student.T.contiguous().T, teacher.T.contiguous().T, target, reduction="sum")[1]
     torch.testing.assert_close(transposed[last], expected)
 
