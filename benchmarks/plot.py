@@ -50,12 +50,17 @@ def row_of(rows: list[Row], provider: str, logits: str) -> Row | None:
 
 
 def draw_time(axes: Axes, rows: list[Row]) -> None:
-    """Time an element against the number of classes; the roofline is what the copy leaves of the ideal bytes."""
-    two_dimensional = [row for row in rows if row["logits"].count("x") == 1]
+    """Time an element against the number of classes; the roofline is the ideal bytes at the speed of the copy.
+
+    Of several batches with as many classes the largest is drawn.
+    """
+    flat = [row for row in rows if row["logits"].count("x") == 1]
+    largest = {row["classes"]: row["logits"] for row in sorted(flat, key=lambda row: int(row["logits"].split("x")[0]))}
     for provider in [*providers(rows), "roofline"]:
         points = []
-        for row in two_dimensional:
-            if row["provider"] != ("wsl_loss" if provider == "roofline" else provider):
+        for logits in largest.values():
+            row = row_of(rows, "wsl_loss" if provider == "roofline" else provider, logits)
+            if row is None:
                 continue
             n, classes = map(int, row["logits"].split("x"))
             microseconds = float(row["p50_us"])
@@ -68,7 +73,7 @@ def draw_time(axes: Axes, rows: list[Row]) -> None:
         style = {"color": "black", "linestyle": "-.", "linewidth": 1} if provider == "roofline" else look(provider)
         axes.plot([p[0] for p in points], [p[2] for p in points], marker=".", label=provider, **style)
     axes.set(xscale="log", yscale="log", xlabel="classes", ylabel="picoseconds an element, forward + backward")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, handlelength=4, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_bars(axes: Axes, rows: list[Row], column: str, label: str) -> None:

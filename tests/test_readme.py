@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
 import torch
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_python_block_runs():
@@ -35,3 +37,27 @@ def test_signature_in_the_readme_is_the_function():
     parameters = [re.sub(r": '[^']*'| ", "", str(p)) for p in inspect.signature(wsl_loss).parameters.values()]
     parameters.insert(3, "*")
     assert re.sub(r"\s", "", printed[1]).replace('"', "'").split(",") == parameters
+
+
+def test_speed_table_is_the_benchmark_s_last_result():
+    with (ROOT / "benchmarks" / "results" / "cpu.csv").open() as file:
+        rows = {(row["logits"], row["provider"]): row for row in csv.DictReader(file)}
+    printed = re.findall(r"^\| (\d+x\d+) \((.*?)\) \|(.*)\|$", README, re.MULTILINE)
+    assert len(printed) == len({logits for logits, _ in rows})
+    for logits, use, cells in printed:
+        official, cross_entropy, ours, faster, official_compiled, ours_compiled, faster_compiled = cells.split("|")
+        for cell, provider in (
+            (official, "official"),
+            (cross_entropy, "cross_entropy"),
+            (ours, "wsl_loss"),
+            (official_compiled, "official, compiled"),
+            (ours_compiled, "wsl_loss, compiled"),
+        ):
+            value, unit = cell.split()
+            digits = len(value.partition(".")[2])
+            measured = float(rows[logits, provider]["p50_us"]) / {"us": 1, "ms": 1000}[unit]
+            assert value == f"{measured:.{digits}f}", (logits, provider)
+            assert rows[logits, provider]["use"] == use
+        assert faster.strip() == f"{float(rows[logits, 'wsl_loss']['speedup_over_official']):.1f}x"
+        compiled = rows[logits, "wsl_loss, compiled"]["speedup_over_compiled_official"]
+        assert faster_compiled.strip() == f"{float(compiled):.1f}x"
