@@ -64,6 +64,7 @@ WEIGHT_DECAY = 5e-4
 EVALUATION_BATCH = 500
 STEPS_PER_REPORT = 50  # between two looks at the loss: each makes a GPU wait
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STATE = ("model", "optimizer", "scaler", "rng", "progress", "configuration")  # the entries of a checkpoint
 OUTPUTS = ("last.pt", "previous.pt", "best.pt", "log.csv", "curves.png")
 
 
@@ -102,11 +103,11 @@ def load_split(name: str, root: Path, train: bool) -> Split:
     """From the files below `root`, which are downloaded if there are none."""
     try:
         images, labels = read_fashion_mnist(root, train) if name == "fashion-mnist" else read_cifar(name, root, train)
+        if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < DATASETS[name].classes:
+            raise ValueError(f"{len(images)} images have {len(labels)} labels from {labels.min()} to {labels.max()}")
     except Exception as error:  # of the network, the file system, gzip, pickle, torchvision: to the user all the same
         reason = " ".join(str(error).split()) or type(error).__name__
         raise Refusal(f"cannot load {name} from the folder {str(root)!r}: {reason}") from None
-    if len(images) != len(labels) or not 0 <= labels.min() <= labels.max() < DATASETS[name].classes:
-        raise Refusal(f"the files of {name} in {str(root)!r} do not hold a label below its number of classes per image")
     return Split(images, labels)
 
 
@@ -211,20 +212,20 @@ def normalise(images: Tensor, data: Data, dtype: torch.dtype, memory_format: tor
 
 # The losses: what to lift into a project of your own ----------------------------------------------------------------
 
-Loss = Callable[[Tensor, "Tensor | None", Tensor], Tensor]  # of student_logits, teacher_logits, labels
+Loss = Callable[..., Tensor]  # of student_logits, teacher_logits, labels
 
 
 def make_loss(name: str, temperature: float, alpha: float) -> Loss:
-    def ce(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def ce(student_logits: Tensor, teacher_logits: None, labels: Tensor) -> Tensor:
         return F.cross_entropy(student_logits.float(), labels)
 
-    def kd(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         student = F.log_softmax(student_logits.float() / temperature, dim=1)
         teacher = F.log_softmax(teacher_logits.float() / temperature, dim=1)
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return F.cross_entropy(student_logits.float(), labels) + alpha * temperature**2 * soft
 
-    def wsl(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+    def wsl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         return wsl_loss(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha)
 
     return {"ce": ce, "kd": kd, "wsl": wsl}[name]
@@ -293,67 +294,57 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def save_last(run: Run) -> None:
     cuda = run.device.type == "cuda"
-    content = {
-        "model": run.student.state_dict(),
-        "optimizer": run.optimizer.state_dict(),
-        "scaler": run.scaler.state_dict(),
-        "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(run.device) if cuda else None},
-        "progress": asdict(run.progress),
-        "configuration": run.configuration,
-    }
-    save(run.args.out / "last.pt", content)
+    state = (
+        run.student.state_dict(),
+        run.optimizer.state_dict(),
+        run.scaler.state_dict(),
+        {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state(run.device) if cuda else None},
+        asdict(run.progress),
+        run.configuration,
+    )
+    save(run.args.out / "last.pt", dict(zip(STATE, state)))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, *entries: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise Refusal(f"there is no file {str(path)!r}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch.load has a dozen kinds for a file that is cut off or not a checkpoint at all
+    except Exception as error:  # torch.load has a dozen kinds for a file that is cut off or was never a checkpoint
         raise Refusal(f"{str(path)!r} is not a complete checkpoint ({type(error).__name__})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("model"), dict):
-        raise Refusal(f"{str(path)!r} is not a checkpoint: it holds no state dict under 'model'")
+    for entry in entries:
+        if not isinstance(content, dict) or entry not in content:
+            raise Refusal(f"{str(path)!r} is not such a checkpoint: it holds no {entry!r}")
     return content
 
 
-def find_checkpoint(out: Path, resume: bool) -> dict[str, Any] | None:
+def find_checkpoint(args: argparse.Namespace, configuration: dict[str, Any]) -> dict[str, Any] | None:
     """The newest readable one of the folder, None if it holds no run. Never lets one run overwrite another."""
-    present = [name for name in OUTPUTS if (out / name).exists()]
-    if present and not resume:
-        raise Refusal(
-            f"{str(out)!r} holds a run ({present[0]}): add --resume to go on with it, or choose another --out"
-        )
-    candidates = [out / name for name in ("last.pt", "previous.pt") if name in present]
-    if present and not candidates:
-        raise Refusal(f"{str(out)!r} holds {present[0]}, but no checkpoint to resume: choose another --out")
-    for path in candidates:
-        try:
-            checkpoint = read_checkpoint(path)
-        except Refusal as refusal:
-            if path == candidates[-1]:
-                raise
-            print(f"cifar.py: warning: {refusal}: resuming from {candidates[-1].name}", file=sys.stderr)
-            continue
-        if "progress" not in checkpoint:
-            raise Refusal(f"{str(path)!r} is not a checkpoint of an unfinished run of this script")
-        return {**checkpoint, "path": path}
-    return None
-
-
-def check_configuration(checkpoint: dict[str, Any], configuration: dict[str, Any], out: Path) -> None:
-    saved = checkpoint.get("configuration", {})
+    out = args.out
+    if not any((out / name).exists() for name in OUTPUTS):
+        return None
+    if not args.resume:
+        raise Refusal(f"{str(out)!r} holds a run: add --resume to go on with it, or choose another --out")
+    try:
+        checkpoint = read_checkpoint(out / "last.pt", *STATE)
+    except Refusal as refusal:
+        checkpoint = read_checkpoint(out / "previous.pt", *STATE)
+        print(f"cifar.py: warning: {refusal}: resuming from previous.pt", file=sys.stderr)
+        checkpoint["replaces"] = out / "last.pt"
+    saved = checkpoint["configuration"]
     for name in {**configuration, **saved}:
         if saved.get(name) != configuration.get(name):
+            change = f"{name} = {saved.get(name)}, not {configuration.get(name)}"
             raise Refusal(
-                f"{str(out)!r} holds a run with {name} = {saved.get(name)}, not {configuration.get(name)}: "
-                "give its options to resume it, or choose another --out"
+                f"{str(out)!r} holds a run with {change}: resume it with its own options, or choose another --out"
             )
+    return checkpoint
 
 
 def restore(run: Run, checkpoint: dict[str, Any]) -> None:
-    last = run.args.out / "last.pt"
-    if checkpoint["path"] != last and last.exists():
-        os.replace(last, last.with_name("last.pt.unreadable"))  # or the next save would put it in place of previous.pt
+    unreadable = checkpoint.get("replaces")
+    if unreadable is not None and unreadable.exists():  # the next save would put it in place of previous.pt
+        os.replace(unreadable, unreadable.with_name("last.pt.unreadable"))
     run.student.load_state_dict(checkpoint["model"])
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.scaler.load_state_dict(checkpoint["scaler"])
@@ -367,20 +358,17 @@ def load_teacher(args: argparse.Namespace, classes: int) -> nn.Module | None:
     """Of this script, of RepDistiller, or of anyone who saves {'model': state_dict}."""
     if args.teacher_checkpoint is None:
         return None
-    state = read_checkpoint(args.teacher_checkpoint)["model"]
+    state = read_checkpoint(args.teacher_checkpoint, "model")["model"]
     teacher = MODELS[args.teacher](num_classes=classes)
     expected = teacher.state_dict()
     bias = list(expected)[-1]  # of the classifier, the last layer of every network here
     where = f"the teacher checkpoint {str(args.teacher_checkpoint)!r}"
-    if state.keys() != expected.keys():
-        wrong = min(state.keys() ^ expected.keys())
-        raise Refusal(f"{where} is not one of {args.teacher}: {wrong!r} is in only one of them (see --teacher)")
-    if len(state[bias]) != classes:
+    if bias in state and len(state[bias]) != classes:
         raise Refusal(f"{where} has {len(state[bias])} classes, but {args.dataset} has {classes}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            raise Refusal(f"{where} is not one of {args.teacher}: {name!r} is {shapes} (see --teacher)")
+    for name in {**expected, **state}:
+        shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (state, expected)]
+        if shapes[0] != shapes[1]:
+            raise Refusal(f"{where} is not one of --teacher {args.teacher}: {name} is {shapes[0]}, not {shapes[1]}")
     teacher.load_state_dict(state)
     return teacher.eval().requires_grad_(False)
 
@@ -395,85 +383,70 @@ def learning_rate(args: argparse.Namespace, epoch: int) -> float:
     return args.lr * 0.1 ** sum(8 * epoch >= eighths * args.epochs for eighths in (5, 6, 7))
 
 
-class Meter:
-    """Sums over the images of an epoch, taken now and then from the batches since, so that no step waits for them."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.batches: list[tuple[Tensor, ...]] = []
-
-    def add(self, loss: Tensor, labels: Tensor, student_logits: Tensor, teacher_logits: Tensor | None) -> None:
-        logits = (student_logits.detach(),) if teacher_logits is None else (student_logits.detach(), teacher_logits)
-        self.batches.append((loss.detach().expand(len(labels)), labels, *logits))
-
-    @torch.no_grad()
-    def flush(self) -> dict[str, float]:
-        sums = self.run.progress.sums
-        if self.batches:
-            loss, labels, student_logits, *teacher_logits = (torch.cat(parts) for parts in zip(*self.batches))
-            self.batches.clear()
-            values = {"loss": loss, "train_accuracy": 100.0 * (student_logits.argmax(1) == labels)}
-            if teacher_logits:
-                inputs = (student_logits, *teacher_logits, labels)
-                terms = wsl_terms(*inputs, temperature=self.run.args.temperature)
-                values |= {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
-                values["regularization"] = regularization_samples(*inputs, temperature=self.run.args.temperature)
-            totals = torch.stack([value.float().sum() for value in values.values()]).tolist()
-            for name, total in zip((*values, "images"), (*totals, len(labels))):
-                sums[name] = sums.get(name, 0.0) + total
-        return sums
+@torch.no_grad()
+def add_up(run: Run, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
+    """Move what batches hold into the sums over the epoch. Now and then, as it waits for the device."""
+    sums = run.progress.sums
+    if batches:
+        loss, labels, *logits = (torch.cat(parts) for parts in zip(*batches))
+        batches.clear()
+        values = {"loss": loss, "train_accuracy": 100.0 * (logits[0].argmax(1) == labels)}
+        if run.teacher is not None:
+            terms = wsl_terms(*logits, labels, temperature=run.args.temperature)
+            values |= {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
+            values["regularization"] = regularization_samples(*logits, labels, temperature=run.args.temperature)
+        totals = torch.stack([value.float().sum() for value in values.values()]).tolist()
+        for name, total in zip((*values, "images"), (*totals, len(labels))):
+            sums[name] = sums.get(name, 0.0) + total
+    return sums
 
 
 def train_epoch(run: Run) -> dict[str, float]:
     """Or what is left of it. Returns means over its images."""
     args, progress = run.args, run.progress
-    (images, labels), meter = run.data.train, Meter(run)
+    images, labels = run.data.train
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(args, progress.epoch)
-    batches = list(
-        zip(*(x.split(args.batch_size) for x in plan_epoch(args.seed, progress.epoch, len(images), run.device)))
-    )
+    plan = plan_epoch(args.seed, progress.epoch, len(images), run.device)
+    plans = [Plan(*parts) for parts in zip(*(x.split(args.batch_size) for x in plan))]
+    batches = []  # of loss, labels and logits, not added up yet
     start = time.perf_counter() - progress.seconds
 
     run.network.train()
-    with tqdm(
-        total=len(images),
-        initial=progress.step * args.batch_size,
-        desc=f"epoch {progress.epoch + 1}/{args.epochs}",
-        unit=" images",
-        leave=False,
-    ) as bar:
-        for plan in (Plan(*parts) for parts in batches[progress.step :]):
-            batch, target = run.normalise(crop_and_flip(images, plan)), labels[plan.order]
-            meter.add(*train_step(run, batch, target))
-            bar.update(len(target))
-            progress.step += 1
-            due = progress.step % args.checkpoint_every == 0 and progress.step < len(batches)
-            if due or progress.step % STEPS_PER_REPORT == 0:
-                sums = meter.flush()
-                progress.seconds = time.perf_counter() - start
-                bar.set_postfix(loss=f"{sums['loss'] / sums['images']:.3f}")
-            if due:
-                save_last(run)
-    sums = meter.flush()  # waits for the device
+    name, done = f"epoch {progress.epoch + 1}/{args.epochs}", progress.step * args.batch_size
+    bar = tqdm(desc=name, total=len(images), initial=done, unit=" images", leave=False)
+    for part in plans[progress.step :]:
+        batches.append(train_step(run, run.normalise(crop_and_flip(images, part)), labels[part.order]))
+        bar.update(len(part.order))
+        progress.step += 1
+        due = progress.step % args.checkpoint_every == 0 and progress.step < len(plans)
+        if due or progress.step % STEPS_PER_REPORT == 0:
+            sums = add_up(run, batches)
+            bar.set_postfix(loss=f"{sums['loss'] / sums['images']:.3f}")
+        if due:
+            progress.seconds = time.perf_counter() - start
+            save_last(run)
+    bar.close()
+    sums = add_up(run, batches)
     means = {name: total / sums["images"] for name, total in sums.items() if name != "images"}
     return {**means, "images_per_second": sums["images"] / (time.perf_counter() - start)}
 
 
-def train_step(run: Run, batch: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns loss, target, student_logits and teacher_logits."""
+def train_step(run: Run, images: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    """Returns the loss of the batch, repeated for every image, the labels, and the logits of student and teacher."""
     with run.autocast():
         teacher_logits = None
         if run.teacher is not None:
             with torch.no_grad():
-                teacher_logits = run.teacher(batch)
-        student_logits = run.network(batch)
-    loss = run.loss(student_logits, teacher_logits, target)
+                teacher_logits = run.teacher(images)
+        student_logits = run.network(images)
+    loss = run.loss(student_logits, teacher_logits, labels)
     run.optimizer.zero_grad()
     run.scaler.scale(loss).backward()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    return loss, target, student_logits, teacher_logits
+    result = (loss.detach().expand(len(labels)), labels, student_logits.detach())
+    return result if teacher_logits is None else (*result, teacher_logits)
 
 
 @torch.no_grad()
@@ -624,9 +597,7 @@ def prepare(args: argparse.Namespace) -> Run:
     classes = DATASETS[args.dataset].classes
     teacher = load_teacher(args, classes)
     configuration = configuration_of(args)
-    checkpoint = find_checkpoint(args.out, args.resume)
-    if checkpoint is not None:
-        check_configuration(checkpoint, configuration, args.out)
+    checkpoint = find_checkpoint(args, configuration)
     data = load_data(args, device)
 
     torch.manual_seed(args.seed)
