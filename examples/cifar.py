@@ -16,8 +16,8 @@ The student is trained with
 The defaults are the CIFAR-100 settings of the WSL paper: T = 4, alpha = 2.25, and the schedule of CRD (240 epochs of
 SGD, batches of 64, learning rate 0.05, or 0.01 for MobileNetV2 and the ShuffleNets, divided by 10 after epochs 150, 180
 and 210, weight decay 5e-4, random crops with a padding of 4, random flips). KD runs under the same T and alpha. Flips
-are on for Fashion-MNIST, too, as is usual in its literature. Public teachers do as well as your own: fetch those of
-RepDistiller (see cifar_models.py) and give `--teacher resnet32x4 --teacher-checkpoint ckpt_epoch_240.pth`.
+are on for Fashion-MNIST, too, as is usual in its literature. Instead of training a teacher, you can fetch one of
+RepDistiller's (see cifar_models.py) and give `--teacher resnet32x4 --teacher-checkpoint ckpt_epoch_240.pth`.
 
 A run fills a folder with log.csv (a row an epoch), curves.png, last.pt and best.pt. The best epoch is chosen by its
 test accuracy, which flatters it: compare methods by the last. A run that was killed goes on where its last checkpoint
@@ -309,7 +309,8 @@ def read_checkpoint(path: Path, *entries: str) -> dict[str, Any]:
     if not path.is_file():
         raise Refusal(f"there is no file {str(path)!r}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain data, which RepDistiller's hold
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has a dozen kinds for a file that is cut off or was never a checkpoint
         raise Refusal(f"{str(path)!r} is not a complete checkpoint ({type(error).__name__})") from None
     for entry in entries:
@@ -327,10 +328,12 @@ def find_checkpoint(args: argparse.Namespace, configuration: dict[str, Any]) -> 
         raise Refusal(f"{str(out)!r} holds a run: add --resume to go on with it, or choose another --out")
     try:
         checkpoint = read_checkpoint(out / "last.pt", *STATE)
-    except Refusal as refusal:
-        checkpoint = read_checkpoint(out / "previous.pt", *STATE)
-        print(f"cifar.py: warning: {refusal}: resuming from previous.pt", file=sys.stderr)
-        checkpoint["replaces"] = out / "last.pt"
+    except Refusal as last:
+        try:
+            checkpoint = {**read_checkpoint(out / "previous.pt", *STATE), "replaces": out / "last.pt"}
+        except Refusal as previous:
+            raise Refusal(f"nothing to resume from: {last}, {previous}") from None
+        print(f"cifar.py: warning: {last}: resuming from previous.pt", file=sys.stderr)
     saved = checkpoint["configuration"]
     for name in {**configuration, **saved}:
         if saved.get(name) != configuration.get(name):
@@ -394,7 +397,7 @@ def add_up(run: Run, batches: list[tuple[Tensor, ...]]) -> dict[str, float]:
         if run.teacher is not None:
             terms = wsl_terms(*logits, labels, temperature=run.args.temperature)
             values |= {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
-            values["regularization"] = regularization_samples(*logits, labels, temperature=run.args.temperature)
+            values["regularization_share"] = regularization_samples(*logits, labels, temperature=run.args.temperature)
         totals = torch.stack([value.float().sum() for value in values.values()]).tolist()
         for name, total in zip((*values, "images"), (*totals, len(labels))):
             sums[name] = sums.get(name, 0.0) + total
@@ -486,7 +489,8 @@ def train(run: Run) -> None:
         write_log(run)
         print(
             f"epoch {progress.epoch}/{args.epochs}: loss {row['loss']:.3f}, train {row['train_accuracy']:.2f} %, "
-            f"test {row['test_accuracy']:.2f} %, {row['images_per_second']:,.0f} images/s"
+            f"test {row['test_accuracy']:.2f} %, {row['images_per_second']:,.0f} images/s",
+            flush=True,
         )
 
     save_figure(args.out / "curves.png", progress.rows, teacher_accuracy)
@@ -496,7 +500,7 @@ def train(run: Run) -> None:
 # The report ---------------------------------------------------------------------------------------------------------
 
 LOSSES = ("loss", "hard", "soft")  # soft before its scale, alpha * T^2 * weight
-SHARES = ("weight", "regularization")
+SHARES = ("weight", "regularization_share")
 ACCURACIES = ("train_accuracy", "test_accuracy")
 COLUMNS = ("epoch", "learning_rate", *LOSSES, *SHARES, *ACCURACIES, "test_loss", "images_per_second")
 

@@ -154,7 +154,7 @@ def test_wsl_student_learns_from_a_teacher_of_the_same_script(finished: tuple[Pa
         hard, soft, weight = (float(row[name]) for name in ("hard", "soft", "weight"))
         assert float(row["loss"]) == pytest.approx(hard + 36 * weight * soft, rel=0.05)
         assert 0 < weight < 1
-        assert 0 <= float(row["regularization"]) <= 1
+        assert 0 <= float(row["regularization_share"]) <= 1
         assert float(row["images_per_second"]) > 0
     best = load(folder / "best.pt")
     assert best["test_accuracy"] == pytest.approx(max(float(row["test_accuracy"]) for row in rows), rel=1e-5)
@@ -182,7 +182,7 @@ def test_ce_student_has_no_terms_of_a_teacher(run_here: Here, tmp_path: Path) ->
     done = run_here(*TINY, "--loss", "ce", "--dataset", "fashion-mnist", "--epochs", 1, "--out", "out")
     assert done.returncode == 0, done.stderr
     (row,) = log(tmp_path / "out")
-    assert row["soft"] == row["weight"] == row["regularization"] == ""
+    assert row["soft"] == row["weight"] == row["regularization_share"] == ""
     assert 0 < float(row["loss"]) < 10
 
 
@@ -291,7 +291,8 @@ def test_refuses_to_resume_without_a_complete_checkpoint(
     for name in ("last.pt", "previous.pt"):
         (out / name).write_bytes((out / name).read_bytes()[:-1000])
     before = contents(out)
-    assert_refused(run_here(*options, "--out", out, "--resume"), "previous.pt' is not a complete checkpoint")
+    done = run_here(*options, "--out", out, "--resume")
+    assert_refused(done, "last.pt' is not a complete checkpoint", "previous.pt' is not a complete checkpoint")
     assert contents(out) == before
 
 
@@ -368,6 +369,27 @@ def test_refuses_a_teacher_that_does_not_fit(tmp_path: Path, content: bytes | di
     args = argparse.Namespace(teacher_checkpoint=path, teacher="resnet8", dataset="cifar100")
     with pytest.raises(cifar.Refusal, match=re.escape(message)):
         cifar.load_teacher(args, 100)
+
+
+@pytest.mark.parametrize("zipped", [False, True])  # before torch 1.6, and since
+def test_loads_a_teacher_in_the_form_of_repdistiller(tmp_path: Path, zipped: bool) -> None:
+    model = MODELS["resnet8"](num_classes=100)
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+    content = {
+        "opt": argparse.Namespace(lr_decay_epochs=[150, 180, 210], model="resnet8"),
+        "model": model.state_dict(),
+        "accuracy": torch.tensor([70.0]),
+        "optimizer": optimizer.state_dict(),
+    }
+    path = tmp_path / "resnet8_last.pth"
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    teacher = cifar.load_teacher(
+        argparse.Namespace(teacher_checkpoint=path, teacher="resnet8", dataset="cifar100"), 100
+    )
+    assert teacher is not None
+    assert_same(teacher.state_dict(), model.state_dict())
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 # The data -----------------------------------------------------------------------------------------------------------
