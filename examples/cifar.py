@@ -527,6 +527,7 @@ def save_figure(path: Path, rows: list[dict[str, float]], teacher_accuracy: floa
         axis.set_xlabel("epoch")
         axis.set_ylabel(label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0].set_yscale("log")  # alpha * T^2 = 36 by default sets the loss far above its terms
     if teacher_accuracy is not None:
         axes[-1].axhline(teacher_accuracy, color="black", linestyle=":", label="teacher, test accuracy")
     for axis in axes:
