@@ -1,4 +1,4 @@
-"""The ImageNet example runs as its users run it: as a program, alone or under torchrun, on images small enough for a CPU.
+"""The ImageNet example runs as its users run it: as a program, alone or under torchrun; on images small for a CPU.
 
 Runs whose results are compared have one thread a process, so that their sums are formed in one order.
 """
@@ -20,14 +20,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+
+from weighted_soft_labels import reference
 
 for _module in ("torchvision", "tensorboard", "tqdm"):
     pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]")
-
-import torchvision
-from PIL import Image
-
-from weighted_soft_labels import reference
+torchvision = pytest.importorskip("torchvision")
+v2 = pytest.importorskip("torchvision.transforms.v2")
+Image = pytest.importorskip("PIL.Image")
 
 IMAGENET = Path(__file__).parents[1] / "examples" / "imagenet.py"
 CLASSES, TRAIN, VAL = 4, 10, 3  # images of a class
@@ -61,7 +62,7 @@ def imagenet() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of another brightness for every class, as PNG and JPEG."""
+    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -71,6 +72,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 pixels = torch.randint(40 * label, 40 * label + 100, (40, 36, 3), generator=generator)
                 image = Image.fromarray(pixels.to(torch.uint8).numpy())
                 image.save(folder / split / f"class{label}" / f"{index}.{('png', 'jpeg')[index % 2]}")
+    shutil.copy(folder / "val" / "class0" / "0.png", folder / "val" / "class0" / "again.png")
     return folder
 
 
@@ -177,7 +179,7 @@ def test_a_step_is_that_of_the_papers_optimiser_on_the_papers_loss(imagenet: Mod
     imagenet.train_step(run, iter(batches), imagenet.make_mixing(args, 5))
 
     mean = (teachers[0](images) + teachers[1](images)) / 2
-    loss = reference.wsl_loss(torch.nn.functional.linear(images.flatten(1), *before), mean, labels)
+    loss = reference.wsl_loss(F.linear(images.flatten(1), *before), mean, labels)
     gradients = torch.autograd.grad(loss, before)
     for parameter, old, gradient in zip(student.parameters(), before, gradients):
         decayed = gradient + 1e-4 * old
@@ -272,23 +274,25 @@ def test_a_run_of_two_processes_resumes_in_mid_epoch_on_one(
     assert_same_but_for_rounding(one, out)
 
 
-def test_validation_counts_every_image_once(one_and_two: tuple[Path, Path, Path], data: Path) -> None:
-    """13 images for two processes: padding would count one of them twice."""
-    one, two, script = one_and_two
-    uneven = one.parent / "uneven"
-    shutil.copytree(data, uneven)
-    shutil.copy(data / "val" / "class0" / "0.png", uneven / "val" / "class0" / "again.png")
-    rows = []
-    for out, processes in ((one.parent / "uneven-one", 0), (one.parent / "uneven-two", 2)):
-        out.mkdir()
-        shutil.copy(one / "previous.pt", out / "last.pt")
-        options = ("--data", uneven, *SMALL, *PLAIN, "--out", out, "--resume")
-        succeed(*options, script=script, processes=processes)
-        rows.append(log(out)[-1])
-    hits = rows[0]["val_top1"] / 100 * (CLASSES * VAL + 1)
-    assert hits == pytest.approx(round(hits))
-    for name in ("val_loss", "val_top1", "val_top5"):
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-5), name
+def test_validation_counts_every_image_once_with_the_statistics_that_are_saved(data: Path, tmp_path: Path) -> None:
+    """13 images on two processes, where padding would count one of them twice; against one batch without the loop."""
+    out = tmp_path / "run"
+    succeed("--data", data, "--out", out, *SMALL, "--epochs", 1, processes=2)
+    (row,) = log(out)
+
+    size = (v2.Resize(36, antialias=True), v2.CenterCrop(32))
+    normal = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = v2.Compose([*size, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normal])
+    images, labels = zip(*torchvision.datasets.ImageFolder(str(data / "val"), transform))
+    assert len(images) == CLASSES * VAL + 1
+    student = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES).eval()
+    student.load_state_dict(checkpoint(out / "last.pt")["model"])
+    with torch.no_grad():
+        logits = student(torch.stack(images))
+    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
+    right = (logits.argmax(1) == torch.tensor(labels)).sum().item()
+    assert row["val_top1"] == pytest.approx(100 * right / len(images))
+    assert row["val_top5"] == 100
 
 
 # Checkpoints --------------------------------------------------------------------------------------------------------
@@ -318,3 +322,219 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(finished: Path, dat
 
     assert "after epoch 0, step 2" in succeed(*options)
     assert_same_run(out, finished)
+
+
+def test_a_truncated_checkpoint_is_set_aside_for_the_previous_one(finished: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[: len(whole) // 2])
+    printed = succeed("--data", data, "--out", out, *SMALL, "--resume")
+    assert re.search(rf"^{re.escape(str(out))}/last\.pt is damaged \(.+\)$", printed, flags=re.MULTILINE)
+    assert f"resuming from {out / 'previous.pt'}, after epoch 1, step 4" in printed
+    assert len((out / "last.pt.damaged").read_bytes()) == len(whole) // 2
+    assert_same_run(out, finished)
+
+
+def test_the_scale_of_half_gradients_is_part_of_a_checkpoint(imagenet: ModuleType, tmp_path: Path) -> None:
+    args = imagenet.parse_args(["--fake-data", "8", "--out", str(tmp_path), *SMALL, "--amp", "fp16"])
+
+    def make_run() -> Any:
+        models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 5)) for _ in range(2)]
+        return imagenet.Run(args, imagenet.World(), torch.device("cpu"), models[0], torch.nn.ModuleList(models[1:]))
+
+    run, resumed = make_run(), make_run()
+    before = run.student[1].weight.clone()
+    batch = (torch.randn(8, 3, 3, 3), torch.randint(5, (8,)))
+    imagenet.train_step(run, iter([batch]), imagenet.make_mixing(args, 5))
+    assert not torch.equal(run.student[1].weight, before)
+    imagenet.save_checkpoint(run, {})
+    imagenet.restore(resumed, checkpoint(tmp_path / "last.pt"))
+    assert resumed.scaler.state_dict()["_growth_tracker"] == 1
+    assert resumed.scaler.state_dict() == run.scaler.state_dict()
+    assert torch.equal(resumed.student[1].weight, run.student[1].weight)
+
+
+def test_a_finished_run_has_nothing_to_do(finished: Path, data: Path) -> None:
+    before = contents(finished)
+    assert "nothing to do" in succeed("--data", data, "--out", finished, *SMALL, "--resume")
+    assert contents(finished) == before
+
+
+def test_resume_starts_a_run_where_there_is_none(imagenet: ModuleType, tmp_path: Path) -> None:
+    identity = {"student": "resnet18"}
+    assert imagenet.read_out(tmp_path / "new", True, identity) is None
+    assert (tmp_path / "new").is_dir()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(imagenet: ModuleType, tmp_path: Path) -> None:
+    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for content in (b"1", b"2"):
+        imagenet.write_whole(last, lambda file, content=content: file.write(content), backup=previous)
+
+    def fail(file: Any) -> None:
+        file.write(b"3")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(imagenet.Problem, match=r"cannot write .*last\.pt: .*No space left"):
+        imagenet.write_whole(last, fail, backup=previous)
+    assert (last.read_bytes(), previous.read_bytes()) == (b"2", b"1")
+
+
+# Errors -------------------------------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refuse(imagenet: ModuleType, out: Path, *options: object) -> str:
+    """The line with which the program ends, having written nothing."""
+    before = contents(out)
+    with pytest.raises(SystemExit) as ended:
+        imagenet.main(["--out", str(out), *SMALL, *map(str, options)])
+    line = str(ended.value.code)
+    assert line.startswith("imagenet.py: error: ")
+    assert len(line.splitlines()) == 1
+    assert contents(out) == before
+    return line
+
+
+def test_an_error_is_one_line_of_the_program(tmp_path: Path) -> None:
+    done = run("--data", tmp_path / "missing", "--out", tmp_path / "run", *SMALL)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert done.stderr == (
+        f"imagenet.py: error: no folder {tmp_path}/missing/train: --data takes a folder that holds train and val, "
+        "with a folder per class\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_models_are_refused(imagenet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = ("--fake-data", 8, "--fake-classes", 4)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    line = refuse(imagenet, tmp_path, *fake, "--student", "resnet81")
+    assert "torchvision has no model 'resnet81', and timm is missing (pip install timm); did you mean resnet18?" in line
+    assert "'timm:mobilenetv1_100', and timm is missing" in refuse(
+        imagenet, tmp_path, *fake, "--teacher", "timm:mobilenetv1_100"
+    )
+    assert "'fcn_resnet50'" in refuse(imagenet, tmp_path, *fake, "--student", "fcn_resnet50")  # a segmentation model
+
+    timm = ModuleType("timm")
+    timm.is_model = lambda name: name == "known"
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    assert imagenet.library_of("known") == imagenet.library_of("timm:known") == "timm"
+    assert "neither torchvision nor timm has a model 'unknown'" in refuse(
+        imagenet, tmp_path, *fake, "--student", "timm:unknown"
+    )
+
+
+def test_a_teacher_of_other_classes_is_refused(
+    imagenet: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "seven.pt"
+    torch.save({"state_dict": torchvision.models.squeezenet1_1(num_classes=7).state_dict()}, file)
+    line = refuse(imagenet, out, "--data", data, "--teacher-checkpoint", file)
+    assert f"the teacher {file} has 7 classes, the data 4" in line
+
+    # The pretrained file of 1000 classes, where torchvision would have put it.
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    url = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
+    pretrained = tmp_path / "home" / "hub" / "checkpoints" / url.split("/")[-1]
+    pretrained.parent.mkdir(parents=True)
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), pretrained)
+    line = refuse(imagenet, out, "--data", data, "--teacher-weights", "v1")
+    assert "the teacher squeezenet1_1 has 1000 classes, the data 4" in line
+
+
+def test_a_teacher_that_cannot_be_loaded_is_refused(
+    imagenet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "teacher.pt"
+    fake = ("--fake-data", 8, "--fake-classes", 4)
+    assert "cannot read the teacher checkpoint" in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
+    file.write_bytes(b"nothing that torch has written")
+    assert "cannot read the teacher checkpoint" in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
+    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), file)
+    assert "is not one of squeezenet1_1: " in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
+    assert "squeezenet1_1 has no weights 'v9', only IMAGENET1K_V1" in refuse(
+        imagenet, out, *fake, "--teacher-weights", "v9"
+    )
+    assert "squeezenet1_1 does not take images of 8 x 8 pixels: " in refuse(imagenet, out, *fake, "--image-size", 8)
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing answers
+    line = refuse(imagenet, out, *fake, "--teacher-weights", "v1")
+    assert "cannot load the pretrained squeezenet1_1 (URLError: " in line
+    assert "--teacher-checkpoint takes a file" in line
+
+
+def test_another_run_is_never_overwritten(imagenet: ModuleType, finished: Path, data: Path, tmp_path: Path) -> None:
+    line = refuse(imagenet, finished, "--data", data)
+    assert f"{finished} holds a run already (last.pt): --resume continues it, another --out starts anew" in line
+    line = refuse(imagenet, finished, "--data", data, "--resume", "--alpha", 0)
+    assert f"{finished} holds another run, with alpha 2.5, not 0.0" in line
+    assert "with training images 40, not 64" in refuse(
+        imagenet, finished, "--fake-data", 64, "--fake-classes", 4, "--resume"
+    )
+    for name in ("last.pt", "previous.pt"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes()[:1000])
+    assert "holds a run (last.pt) but no checkpoint that can be read" in refuse(
+        imagenet, tmp_path, "--data", data, "--resume"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ("--batch", 9, "--accumulate", 2),
+            "a batch of 9 cannot be split evenly between 1 processes of 2 micro-batches",
+        ),
+        (("--batch", 64), "40 training images do not fill one batch of 64"),
+        (("--sync-bn",), "--sync-bn needs GPUs"),
+        (("--device", "abacus"), "--device must be cpu, cuda or mps, got 'abacus'"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    imagenet: ModuleType, data: Path, tmp_path: Path, options: tuple[object, ...], message: str
+) -> None:
+    assert message in refuse(imagenet, tmp_path / "run", "--data", data, *options)
+
+
+def test_folders_that_do_not_fit_are_refused(imagenet: ModuleType, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "data"
+    shutil.copytree(data, other)
+    shutil.rmtree(other / "val" / "class3")
+    assert "the class class3 is in only one of train and val" in refuse(imagenet, tmp_path / "run", "--data", other)
+    (other / "val" / "class3").mkdir()
+    assert "no valid file for the classes class3" in refuse(imagenet, tmp_path / "run", "--data", other)
+
+
+def test_a_diverged_run_ends_with_its_checkpoints_intact(
+    imagenet: ModuleType, finished: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit, match=r"the loss of epoch 1 is (nan|inf) by step 5; no checkpoint has it"):
+        imagenet.main(["--data", str(data), "--out", str(out), *SMALL, "--lr", "1e30"])
+    stopped = checkpoint(out / "last.pt")
+    assert (stopped["epoch"], stopped["step"]) == (0, 0)
+    assert all(value.isfinite().all() for value in stopped["model"].values())
+
+
+@pytest.mark.parametrize(("split", "processes"), [("train", 0), ("val", 2)])
+def test_a_corrupt_image_is_named_once_and_no_process_hangs(
+    data: Path, tmp_path: Path, split: str, processes: int
+) -> None:
+    corrupt = tmp_path / "data" / split / "class2" / "1.jpeg"
+    shutil.copytree(data, tmp_path / "data")
+    corrupt.write_bytes(corrupt.read_bytes()[:500])
+    options = ("--data", tmp_path / "data", "--out", tmp_path / "run", *SMALL, "--workers", 1, "--epochs", 1)
+    done = run(*options, processes=processes)
+    assert done.returncode != 0
+    told = [line for line in done.stderr.splitlines() if "imagenet.py: error:" in line]
+    assert len(told) == 1
+    assert re.fullmatch(rf"imagenet\.py: error: cannot read the image {re.escape(str(corrupt))}: .+", told[0])
+    assert f'File "{IMAGENET}"' not in done.stderr  # torchrun adds a traceback of its own
+    assert checkpoint(tmp_path / "run" / "last.pt")["epoch"] == 0
