@@ -47,7 +47,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -119,7 +119,7 @@ class World:
         if self.rank == 0:
             print(text, flush=True)
 
-    def stop(self, problem: Problem) -> None:
+    def stop(self, problem: Problem) -> NoReturn:
         """Name the problem once, by whichever process has it first, and end."""
         line = f"imagenet.py: error: {problem}"
         if self.store is None:
@@ -139,22 +139,34 @@ class World:
             return True
 
 
-def join_world(device: torch.device) -> World:
-    if "RANK" not in os.environ:
+def find_world() -> World:
+    if "LOCAL_RANK" not in os.environ:
         return World()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    local_rank = int(os.environ["LOCAL_RANK"])
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, dist.PrefixStore(f"imagenet.py/{attempt}", store))
+    return World(rank, size, local_rank, dist.PrefixStore(f"imagenet.py/{attempt}", store))
+
+
+def start_device(name: str | None, world: World) -> torch.device:
+    """The device of this process, ready to talk to those of the others."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name):
+        raise Problem(f"--device {name} is not one of {', '.join(key for key in available if available[key])}")
+    if name == "cuda":
+        if world.local_rank >= torch.cuda.device_count():
+            raise Problem(f"process {world.local_rank} of this machine has no GPU, of {torch.cuda.device_count()}")
+        torch.cuda.set_device(world.local_rank)
+    if world.store is not None:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return torch.device("cuda", world.local_rank) if name == "cuda" else torch.device(name)
 
 
 # The data -----------------------------------------------------------------------------------------------------------
 
 
-class Images(Dataset):  # type: ignore[type-arg]
+class Images(Dataset):
     """Images of a folder, by (epoch, index): the augmentation depends on nothing else.
 
     An image that cannot be read is returned as a :class:`Problem`, not raised: the exceptions of a worker process reach
@@ -224,11 +236,9 @@ def open_folder(folder: Path) -> ImageFolder:
 def load_data(args: argparse.Namespace) -> tuple[Images, Images, int]:
     """Training images, validation images, number of classes."""
     if args.data is None:
-        size, classes = (3, args.image_size, args.image_size), args.fake_classes
-        sources = (
-            FakeData(args.fake_data, size, classes),
-            FakeData(args.fake_data // 4, size, classes, random_offset=1),
-        )
+        shape, classes = (3, args.image_size, args.image_size), args.fake_classes
+        counts = (args.fake_data, args.fake_data // 4)
+        sources = tuple(FakeData(count, shape, classes, random_offset=count) for count in counts)
     else:
         sources = (open_folder(args.data / "train"), open_folder(args.data / "val"))
         classes = len(sources[0].classes)
@@ -245,7 +255,7 @@ def load_data(args: argparse.Namespace) -> tuple[Images, Images, int]:
     return Images(sources[0], train, args.seed), Images(sources[1], val, args.seed), classes
 
 
-def make_loader(images: Images, args: argparse.Namespace, device: torch.device, **how: Any) -> DataLoader:  # type: ignore[type-arg]
+def make_loader(images: Images, args: argparse.Namespace, device: torch.device, **how: Any) -> DataLoader:
     return DataLoader(
         images,
         collate_fn=collate,
@@ -285,23 +295,24 @@ def library_of(name: str) -> str:
 
 def make_model(name: str, weights: str, classes: int) -> nn.Module:
     """With random parameters for `classes` (weights: none), or as its library pretrained it, for as many as it has."""
-    library = library_of(name)
-    if weights == "none" and library == "torchvision":
-        return torchvision.models.get_model(name, num_classes=classes)
     try:
-        if library == "torchvision":
-            known = torchvision.models.get_model_weights(name).__members__
-            chosen = {"v1": "IMAGENET1K_V1", "v2": "IMAGENET1K_V2", "default": "DEFAULT"}.get(weights, weights)
-            if chosen not in known:
-                raise Problem(f"{name} has no weights {weights!r}, only {', '.join(known)}")
-            return torchvision.models.get_model(name, weights=known[chosen])
-        import timm
+        if library_of(name) == "timm":
+            import timm
 
-        options = {"num_classes": classes} if weights == "none" else {"pretrained": True}
-        return timm.create_model(name.removeprefix("timm:"), **options)
-    except (OSError, RuntimeError, ValueError) as error:  # of the disk, or of the library that fetches the weights
+            options = {"num_classes": classes} if weights == "none" else {"pretrained": True}
+            return timm.create_model(name.removeprefix("timm:"), **options)
+        if weights == "none":
+            return torchvision.models.get_model(name, num_classes=classes)
+        known = torchvision.models.get_model_weights(name).__members__
+        chosen = {"v1": "IMAGENET1K_V1", "v2": "IMAGENET1K_V2", "default": "DEFAULT"}.get(weights, weights)
+        if chosen not in known:
+            raise Problem(f"{name} has no weights {weights!r}, only {', '.join(known)}")
+        return torchvision.models.get_model(name, weights=known[chosen])
+    except Problem:
+        raise
+    except Exception as error:  # of the library, of its download, of the disk
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise Problem(f"cannot load the pretrained {name} ({reason}); --teacher-checkpoint takes a file") from None
+        raise Problem(f"cannot make {name} with weights {weights} ({reason}); a file: --teacher-checkpoint") from None
 
 
 @torch.no_grad()
@@ -430,7 +441,7 @@ def train_step(run: Run, batches: Iterator[Any], mixing: v2.Transform) -> None:
         with gradients_stay_here(run) if micro_batch < args.accumulate - 1 else nullcontext():
             with run.autocast():
                 with torch.no_grad():
-                    teacher_logits = torch.stack([teacher(images) for teacher in run.teachers]).mean(0)
+                    teacher_logits = torch.stack([teacher(images).float() for teacher in run.teachers]).mean(0)
                 student_logits = run.replica(images)
             loss = wsl_loss(
                 student_logits,
@@ -468,7 +479,7 @@ def hits(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(run: Run, loader: DataLoader) -> tuple[float, float, float]:  # type: ignore[type-arg]
+def evaluate(run: Run, loader: DataLoader) -> tuple[float, float, float]:
     """Cross-entropy, top-1 and top-5 (percent) of the student over all images, each counted once."""
     if run.world.store is not None:
         for buffer in run.student.buffers():  # every process has seen other batches since the last broadcast
@@ -559,7 +570,9 @@ def read_out(out: Path, resume: bool, identity: dict[str, Any]) -> dict[str, Any
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             continue
-        except Exception as error:  # of the archive or of the pickle in it
+        except OSError as error:
+            raise Problem(f"cannot read {path}: {first_line(error)}") from None
+        except Exception as error:  # of the archive, or of the pickle in it
             damaged.append(path)
             print(f"{path} is damaged ({first_line(error)})", flush=True)
             continue
@@ -590,24 +603,25 @@ def identify(args: argparse.Namespace, images: int, classes: int) -> dict[str, A
 # The training -------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(run: Run, loader: DataLoader, mixing: v2.Transform, identity: dict[str, Any], board: Board) -> float:  # type: ignore[type-arg]
+def train_epoch(run: Run, loader: DataLoader, mixing: v2.Transform, identity: dict[str, Any], board: Board) -> float:
     """The rest of an epoch. Returns images/s, of all processes."""
     args, sampler = run.args, loader.batch_sampler
-    assert isinstance(sampler, GlobalBatches)
     sampler.epoch, sampler.first_step = run.epoch, run.step
     batches, steps = iter(loader), sampler.steps
-    first, start = run.step, time.perf_counter()
+    first, start, logged = run.step, time.perf_counter(), run.no_sums()
     hidden = None if run.world.rank == 0 else True  # None: only if nobody watches
     with tqdm(desc=f"epoch {run.epoch + 1}", total=steps, initial=first, unit="step", disable=hidden) as progress:
         while run.step < steps:
             train_step(run, batches, mixing)
             progress.update()
             if run.step % args.log_every == 0 and run.world.rank == 0:
-                means = (run.own_sums / run.own_sums[-1]).tolist()
+                recent, logged = run.own_sums - logged, run.own_sums.clone()
+                means = (recent / recent[-1]).tolist()
                 progress.set_postfix(loss=f"{means[0]:.3f}", top1=f"{100 * means[4]:.1f}")
                 board.add("step", dict(zip(SUMS[:4], means)), run.epoch * steps + run.step)
             if args.checkpoint_every and run.step % args.checkpoint_every == 0 and run.step < steps:
                 save_checkpoint(run, identity)
+                logged = run.no_sums()
     run.gather_sums()
     return (steps - first) * args.batch / (time.perf_counter() - start)
 
@@ -625,7 +639,7 @@ class Board:
             self.writer.flush()
 
 
-def finish_epoch(run: Run, validation: DataLoader, images_per_s: float, identity: dict[str, Any]) -> None:  # type: ignore[type-arg]
+def finish_epoch(run: Run, validation: DataLoader, images_per_s: float, identity: dict[str, Any]) -> None:
     *means, top1, top5, _ = (run.sums / run.sums[-1]).tolist()
     scores = evaluate(run, validation)
     row = [run.epoch + 1, run.schedule.get_last_lr()[0], *means, 100 * top1, 100 * top5, *scores, images_per_s]
@@ -679,6 +693,11 @@ def summarise(args: argparse.Namespace, rows: list[list[float]]) -> str:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise Problem(message)
+
+
 def integer_from(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         try:
@@ -709,17 +728,15 @@ def number(lowest: float, highest: float = math.inf, above: bool = False) -> Cal
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s (--data DIR | --fake-data N) --out DIR [options]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     count, rate = integer_from(1), number(0)
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--data", type=Path, metavar="DIR", help="holds train and val, each with one folder per class")
-    data.add_argument(
-        "--fake-data", type=integer_from(4), metavar="N", help="N images of noise instead, and N/4 in val"
-    )
+    data.add_argument("--data", type=Path, metavar="DIR", help="with train and val, each with a folder per class")
+    data.add_argument("--fake-data", type=integer_from(4), metavar="N", help="N images of noise, N/4 in val")
     option = parser.add_argument
     option("--fake-classes", type=integer_from(2), default=1000, metavar="C", help="classes of --fake-data (1000)")
     option("--out", type=Path, required=True, metavar="DIR", help="where the run is kept")
@@ -728,9 +745,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--student", default="resnet18", metavar="NAME", help="a model of torchvision or timm (resnet18)")
     option("--teacher", action="append", metavar="NAME", help="as --student; again for an ensemble (resnet34)")
     option("--teacher-checkpoint", action="append", type=Path, metavar="FILE", help="a file for each teacher")
-    option(
-        "--teacher-weights", default="v1", metavar="W", help="pretrained, without a file: v1, v2, default or none (v1)"
-    )
+    option("--teacher-weights", default="v1", metavar="W", help="without a file: v1, v2, default or none (v1)")
     option("--teacher-train-mode", action="store_true", help="batch statistics in the teacher, as the official loop")
 
     option("--temperature", type=number(0, above=True), default=2.0, metavar="T", help="of the soft term (2.0)")
@@ -744,9 +759,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--accumulate", type=count, default=1, metavar="A", help="micro-batches a step in a process (1)")
     option("--lr", type=number(0, above=True), default=0.1, metavar="LR", help="learning rate (0.1)")
     option("--lr-step", type=count, default=30, metavar="N", help="epochs to each fall of the learning rate (30)")
-    option(
-        "--lr-gamma", type=number(0, 1, above=True), default=0.1, metavar="G", help="the factor by which it falls (0.1)"
-    )
+    option("--lr-gamma", type=number(0, 1, above=True), default=0.1, metavar="G", help="factor of a fall (0.1)")
     option("--weight-decay", type=rate, default=1e-4, metavar="W", help="(1e-4)")
     option("--image-size", type=count, default=224, metavar="PX", help="of the crops (224)")
     option("--resize", type=count, default=256, metavar="PX", help="shorter side of a validation image (256)")
@@ -762,27 +775,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     option("--checkpoint-every", type=integer_from(0), default=1000, metavar="N", help="steps (1000); 0: epochs only")
     args = parser.parse_args(argv)
     args.teacher = args.teacher or ["resnet34"]
-    if args.teacher_checkpoint and len(args.teacher_checkpoint) != len(args.teacher):
-        parser.error(
-            f"{len(args.teacher)} --teacher need as many --teacher-checkpoint, got {len(args.teacher_checkpoint)}"
-        )
+    files = len(args.teacher_checkpoint or args.teacher)
+    if files != len(args.teacher):
+        parser.error(f"got {len(args.teacher)} --teacher, but {files} --teacher-checkpoint")
     return args
 
 
-def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise Problem(f"--device must be cpu, cuda or mps, got {name!r}")
-    if (name == "cuda" and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise Problem(f"this machine has no device {name!r}")
-    return torch.device(name, int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
-
-
-def distil(args: argparse.Namespace, world: World, device: torch.device) -> None:
+def distil(args: argparse.Namespace, world: World) -> None:
+    device = start_device(args.device, world)
     if args.batch % (world.size * args.accumulate):
-        split = f"{world.size} processes of {args.accumulate} micro-batches"
-        raise Problem(f"a batch of {args.batch} cannot be split evenly between {split}")
+        split = f"between {world.size} x {args.accumulate} (processes x micro-batches)"
+        raise Problem(f"a batch of {args.batch} cannot be split evenly {split}")
     if args.sync_bn and device.type != "cuda":
         raise Problem("--sync-bn needs GPUs")
     for name in (*args.teacher, args.student):
@@ -811,12 +814,9 @@ def distil(args: argparse.Namespace, world: World, device: torch.device) -> None
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    world = World()
+    world = find_world()
     try:
-        device = choose_device(args.device)
-        world = join_world(device)
-        distil(args, world, device)
+        distil(parse_args(argv), world)
     except Problem as problem:
         world.stop(problem)
     except Exception:

@@ -466,8 +466,7 @@ def test_a_teacher_that_cannot_be_loaded_is_refused(
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing answers
     line = refuse(imagenet, out, *fake, "--teacher-weights", "v1")
-    assert "cannot load the pretrained squeezenet1_1 (URLError: " in line
-    assert "--teacher-checkpoint takes a file" in line
+    assert "cannot make squeezenet1_1 with weights v1 (URLError: " in line
 
 
 def test_another_run_is_never_overwritten(imagenet: ModuleType, finished: Path, data: Path, tmp_path: Path) -> None:
@@ -490,11 +489,14 @@ def test_another_run_is_never_overwritten(imagenet: ModuleType, finished: Path, 
     [
         (
             ("--batch", 9, "--accumulate", 2),
-            "a batch of 9 cannot be split evenly between 1 processes of 2 micro-batches",
+            "a batch of 9 cannot be split evenly between 1 x 2 (processes x micro-batches)",
         ),
         (("--batch", 64), "40 training images do not fill one batch of 64"),
         (("--sync-bn",), "--sync-bn needs GPUs"),
-        (("--device", "abacus"), "--device must be cpu, cuda or mps, got 'abacus'"),
+        (("--teacher-checkpoint", "x") * 2, "got 1 --teacher, but 2 --teacher-checkpoint"),
+        (("--epochs", 0), "argument --epochs: must be at least 1, got 0"),
+        (("--lr", "nan"), "argument --lr: must be finite and > 0, got nan"),
+        (("--device", "abacus"), "--device abacus is not one of cpu"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
