@@ -312,7 +312,9 @@ def make_model(name: str, weights: str, classes: int) -> nn.Module:
         raise
     except Exception as error:  # of the library, of its download, of the disk
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise Problem(f"cannot make {name} with weights {weights} ({reason}); a file: --teacher-checkpoint") from None
+        raise Problem(
+            f"cannot make {name} with weights {weights} ({reason}); --teacher-checkpoint takes a file"
+        ) from None
 
 
 @torch.no_grad()
@@ -345,6 +347,7 @@ def load_teacher(teacher: nn.Module, name: str, path: Path, classes: int) -> Non
     odd = sorted(key for key in saved.keys() ^ expected.keys() if not key.endswith("num_batches_tracked"))
     if odd:
         raise Problem(f"the teacher checkpoint {path} is not one of {name}: {odd[0]} is in only one of them")
+    saved = {key: value for key, value in saved.items() if key in expected}
     odd = [key for key in saved if saved[key].shape != expected[key].shape]
     for key in odd:
         found, needed = saved[key].shape, expected[key].shape
