@@ -38,7 +38,7 @@ SMALL = (
     *("--image-size", "32", "--resize", "36", "--batch", "8", "--epochs", "2", "--lr", "0.002", "--lr-step", "1"),
     *("--device", "cpu", "--workers", "0"),
 )
-STEPS = CLASSES * TRAIN // 8
+RANDOM = (*SMALL, "--mixup", "0.2", "--checkpoint-every", "2")  # draws random numbers in every step, too
 # No batch norm, and dropout switched off: what depends on the number of processes by design.
 PLAIN = ("--student", "squeezenet1_1")
 WITHOUT_DROPOUT = """
@@ -93,7 +93,7 @@ def command(*options: object, processes: int = 0, script: Path | None = None) ->
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "TORCHELASTIC_ERROR_FILE": ""}
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*options: object, processes: int = 0, script: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -138,9 +138,9 @@ def assert_same_run(out: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs of five steps that nothing interrupted; dropout, batch norm and a falling learning rate."""
+    """A run of two epochs of five steps that nothing interrupted; mixup, batch norm and a falling learning rate."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    succeed("--data", data, "--out", out, *SMALL, "--checkpoint-every", 2)
+    succeed("--data", data, "--out", out, *RANDOM)
     return out
 
 
@@ -318,7 +318,7 @@ def test_validation_counts_every_image_once_with_the_statistics_that_are_saved(d
 
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(finished: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ("--data", data, "--out", out, *SMALL, "--checkpoint-every", 2, "--resume")
+    options = ("--data", data, "--out", out, *RANDOM, "--resume")
     slow = tmp_path / "slow.py"  # stays in the third step, to be killed there
     slow.write_text(
         "import runpy, sys, time, torch\n"
@@ -347,7 +347,7 @@ def test_a_truncated_checkpoint_is_set_aside_for_the_previous_one(finished: Path
     shutil.copytree(finished, out)
     whole = (out / "last.pt").read_bytes()
     (out / "last.pt").write_bytes(whole[: len(whole) // 2])
-    printed = succeed("--data", data, "--out", out, *SMALL, "--resume")
+    printed = succeed("--data", data, "--out", out, *RANDOM, "--resume")
     assert re.search(rf"^{re.escape(str(out))}/last\.pt is damaged \(.+\)$", printed, flags=re.MULTILINE)
     assert f"resuming from {out / 'previous.pt'}, after epoch 1, step 4" in printed
     assert len((out / "last.pt.damaged").read_bytes()) == len(whole) // 2
@@ -377,7 +377,7 @@ def test_a_finished_run_has_nothing_to_do(
     imagenet: ModuleType, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(finished)
-    imagenet.main([str(option) for option in ("--data", data, "--out", finished, *SMALL, "--resume")])
+    imagenet.main([str(option) for option in ("--data", data, "--out", finished, *RANDOM, "--resume")])
     assert "nothing to do: this run has finished its 2 epochs" in capsys.readouterr().out
     assert contents(finished) == before
 
@@ -496,7 +496,7 @@ def test_another_run_is_never_overwritten(imagenet: ModuleType, finished: Path, 
     line = refuse(imagenet, finished, "--data", data, "--resume", "--alpha", 0)
     assert f"{finished} holds another run, with alpha 2.5, not 0.0" in line
     assert "with training images 40, not 64" in refuse(
-        imagenet, finished, "--fake-data", 64, "--fake-classes", 4, "--resume"
+        imagenet, finished, "--fake-data", 64, "--fake-classes", 4, "--resume", "--mixup", 0.2
     )
     for name in ("last.pt", "previous.pt"):
         (tmp_path / name).write_bytes((finished / name).read_bytes()[:1000])
