@@ -29,6 +29,7 @@ check memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "${regimes[@
 check racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "${regimes[@]}"
 check compile_report python benchmarks/compile_report.py
 check benchmark python benchmarks/bench_loss.py
+check cifar_epoch python benchmarks/bench_cifar.py
 check figures python benchmarks/plot.py
 cat "$summary"
 exit $failed

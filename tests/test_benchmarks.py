@@ -98,3 +98,13 @@ for use in bench_loss.STEPS[:1]:
 """
     found = subprocess.run([sys.executable, "-c", code, str(BENCHMARKS)], capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed beside this build of torch")
+def test_an_epoch_is_measured_with_both_ways_to_the_data(tmp_path):
+    arguments = ("--images", "128", "--steps", "1", "--turns", "2", "--workers", "1", "--device", "cpu")
+    report = run("bench_cifar.py", *arguments, "--out", str(tmp_path))
+    assert report.returncode == 0, report.stderr
+    rows = list(csv.DictReader((tmp_path / "cpu_cifar_epoch.csv").open()))
+    assert [row["data"] for row in rows] == ["examples/cifar.py", "DataLoader, 1 workers"]
+    assert all(float(row["images_per_s"]) > 0 for row in rows)
