@@ -7,6 +7,7 @@ online rescaling and the tail are at work; rows of 1029 and of 10001 start anywh
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -327,3 +328,49 @@ def test_nothing_is_read_back_to_the_host(probabilities, monkeypatch):
                     "_scale_kernel" if ahead else "_backward_kernel",
                 ]
         wsl_terms(*inputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"temperature": 4.0, "label_smoothing": 0.1}])
+def test_second_launch_of_a_description_repeats_the_first(options, monkeypatch):
+    """With new tensors, and without Triton's binding of names to places, so the places have to be right."""
+    names = list(inspect.signature(_triton._forward_kernel.fn).parameters)
+    bound, replayed = [], []
+
+    class Compiled:
+        def __getitem__(self, grid):
+            return lambda *args: replayed.append((grid[0], dict(zip(names, args, strict=True))))
+
+    class Kernel:
+        arg_names = names
+
+        def __getitem__(self, grid):
+            def launch(*args, num_warps, **constants):
+                bound.append((grid[0], dict(zip(names, args, strict=False)) | constants))
+                return Compiled()
+
+            return launch
+
+    monkeypatch.setattr(_triton, "_forward_kernel", Kernel())
+    monkeypatch.setattr(_triton, "_REPLAYS", {})
+    for shape in [(8, 10), (5, 1029)]:
+        for probabilities in (False, True):
+            first, second = (
+                [tensor.clone() for tensor in problem(shape, seed=seed, probabilities=probabilities)]
+                for seed in range(2)
+            )
+            wsl_loss(*first, **options)
+            assert not replayed
+            wsl_loss(*second, **options)
+            (programs, ours), (expected_programs, expected) = replayed.pop(), bound.pop()
+            assert not bound
+            assert programs == expected_programs
+            assert ours.keys() == expected.keys()
+            for tensor, name in zip(second, ("student", "teacher", "target"), strict=True):
+                assert ours[name].data_ptr() == tensor.data_ptr()
+            for name, value in expected.items():
+                if not isinstance(value, torch.Tensor):
+                    assert ours[name] == value, name
+    moved = torch.empty(8 * 10 + 1)[1:].view(8, 10)  # starts between multiples of 16 bytes
+    wsl_loss(moved.copy_(problem((8, 10))[0]), *problem((8, 10))[1:], **options)
+    assert bound
+    assert not replayed
