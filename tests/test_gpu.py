@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +14,15 @@ from test_loss import float64_weight, memorised, problem
 from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_loss
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def on_gpu(*tensors, index=0):
     return [tensor.to(f"cuda:{index}") for tensor in tensors]
-
-
-def launches(function):
-    """Kernels, fills and copies that a call starts."""
-    function()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        function()
-        torch.cuda.synchronize()
-    return [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.parametrize("classes", [10, 1000, 20001])
@@ -126,8 +119,12 @@ def test_small_batches_take_three_launches():
     for shape in [(128, 100), (256, 1000)]:
         tensors = on_gpu(*problem(shape))
         student = tensors[0].requires_grad_()
-        found = launches(lambda s=student, t=tensors: torch.autograd.grad(wsl_loss(s, *t[1:]), s, one))
-        assert len(found) <= 3, found
+
+        def once(student=student, others=tensors[1:]):
+            torch.autograd.grad(wsl_loss(student, *others), student, one)
+
+        once()
+        assert bench_loss.kernels(once) <= 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -135,11 +132,8 @@ def test_small_batches_take_three_launches():
 def test_peak_memory_is_one_gradient(shape, dtype):
     tensors = on_gpu(*problem(shape, dtype=dtype))
     step(wsl_loss, *tensors)
-    gc.collect()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step(wsl_loss, *tensors)
-    assert torch.cuda.max_memory_allocated() - before <= 1.1 * tensors[0].numel() * tensors[0].element_size()
+    peak = bench_loss.peak_bytes(lambda: step(wsl_loss, *tensors), tensors[0], "cuda")
+    assert peak <= 1.1 * tensors[0].numel() * tensors[0].element_size()
 
 
 def test_another_batch_size_compiles_nothing(monkeypatch):
@@ -177,24 +171,8 @@ def test_compiled_is_eager(dtype):
         torch.testing.assert_close(step(compiled, *tensors), step(wsl_loss, *tensors))
 
 
-def test_first_call_of_a_process(tmp_path):
-    code = """
-import time, torch
-student = torch.randn(256, 1000, device="cuda", requires_grad=True)
-target = torch.randint(1000, (256,), device="cuda")
-torch.nn.functional.cross_entropy(student, target).backward()
-torch.cuda.synchronize()
-begin = time.perf_counter()
-from weighted_soft_labels import wsl_loss
-wsl_loss(student, student.detach(), target).backward()
-torch.cuda.synchronize()
-print(time.perf_counter() - begin)
-"""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    for limit in (5.0, 0.3):  # the first compiles
-        taken = min(
-            float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                                 env=environment).stdout)
-            for _ in range(1 if limit == 5.0 else 3)
-        )  # fmt: skip
-        assert taken <= limit
+def test_first_call_of_a_process():
+    rows = bench_loss.first_call_rows()
+    taken = {state: min(row["first_step_s"] for row in rows if row["cache"] == state) for state in ("cold", "warm")}
+    assert taken["cold"] <= 5.0
+    assert taken["warm"] <= 0.3
