@@ -17,10 +17,8 @@ check() { # name, command...
     rm -f "$log"
 }
 
-python - >"$summary" <<'PYTHON'
-import torch, triton
-print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-PYTHON
+hardware=$(python -c 'import torch, triton; print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")') || exit 1
+echo "$hardware" >"$summary"
 git describe --always --dirty >>"$summary"
 
 check tests python -m pytest -q
