@@ -154,6 +154,7 @@ class WSLLoss(nn.Module):
 def check_options(options: Options) -> None:
     """Raise ValueError for an option out of range. Plain comparisons, which the compiler can trace for any number."""
     for name, value in zip(("temperature", "alpha", "hard_weight", "label_smoothing"), options):
+        # Real is an abstract class, which takes longer to ask.
         if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
             raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0 < options.temperature < math.inf:
