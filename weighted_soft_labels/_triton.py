@@ -12,7 +12,7 @@ One algebra, four regimes; `_launch` says where one ends and the next begins:
 
     few classes      several rows share a program
     one block        all classes of a row stay in registers between the passes: 2b read + b written an element
-    many classes     the second pass reads again, from its end, most of it from the L2 cache
+    many classes     the second pass reads again, from its end, from the L2 cache as far as that holds the row
     pixels           neighbours in memory are rows: lanes lie on them, and a thread walks through the classes
 
 for logits of b bytes. Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the host and no
@@ -199,7 +199,7 @@ def _place(
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
     PROBABILITIES: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
 ):  # fmt: skip
-    """Where this program's rows are, and what their labels say.
+    """Where this program's rows are, how far it is from class to class, and what the labels say.
 
     Rows that start anywhere (an odd number of classes) are seen from their first 16-byte boundary on: offsets and
     labels count from there, `before` classes lie before it, `inner` ones fill whole 16-byte units after it, and
@@ -211,6 +211,9 @@ def _place(
     index = batch * rows + row
     if PIXELS:
         in_rows = row < _aligned(rows, ALIGN)
+        student_c, teacher_c, gradient_c = (
+            _aligned(student_c, ALIGN), _aligned(teacher_c, ALIGN), _aligned(gradient_c, ALIGN)
+        )  # fmt: skip
     else:
         in_rows = row < rows
         classes = _aligned(classes, ALIGN)
@@ -243,14 +246,8 @@ def _place(
             target_offset = _aligned(target_offset + before, EDGES)
     return (
         index, in_rows, kept, inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset,
+        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
     )  # fmt: skip
-
-
-@triton.jit
-def _steps(student_c, teacher_c, gradient_c, ALIGN: tl.constexpr):
-    """From class to class, where the neighbours that are taken together are rows."""
-    return _aligned(student_c, ALIGN), _aligned(teacher_c, ALIGN), _aligned(gradient_c, ALIGN)
 
 
 @triton.jit
@@ -372,12 +369,12 @@ def _forward_kernel(
     """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
 
     One program a block of ROWS rows of one batch. Moves 2b bytes an element without the gradient, 3b with it if
-    ONE_BLOCK, else 5b (2b of which mostly come from the L2 cache), for logits of b bytes; the logits of ignored rows
-    are not read, unless lanes lie on PIXELS.
+    ONE_BLOCK, else 5b (2b of which are the second read of the same logits), for logits of b bytes; the logits of
+    ignored rows are not read, unless lanes lie on PIXELS.
     """
     (
         index, in_rows, kept, inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset,
+        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
     ) = _place(
         target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
@@ -385,8 +382,6 @@ def _forward_kernel(
     )  # fmt: skip
     column = tl.arange(0, CLASSES)[None, :]
     read = in_rows if PIXELS else kept
-    if PIXELS:
-        student_c, teacher_c, gradient_c = _steps(student_c, teacher_c, gradient_c, ALIGN)
 
     # statistics
     nothing = tl.zeros([ROWS], tl.float32)
@@ -520,14 +515,12 @@ def _backward_kernel(
     """
     (
         index, in_rows, kept, _inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset,
+        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
     ) = _place(
         target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
         PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
     )  # fmt: skip
-    if PIXELS:
-        student_c, teacher_c, gradient_c = _steps(student_c, teacher_c, gradient_c, ALIGN)
     size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
     batch = index // rows
     factor = tl.load(upstream + batch * upstream_b + (index - batch * rows) * upstream_r, kept, other=0.0)
@@ -694,8 +687,8 @@ def _launch_forward(
 class _Replay(NamedTuple):
     """A launch of the forward kernel as it was, for tensors of the same description.
 
-    Triton binds and specialises all arguments anew for every launch, which at small shapes takes longer than
-    everything else. An interpreted kernel is not compiled and has none.
+    Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
+    host. An interpreted kernel is not compiled and has none.
     """
 
     run: Callable[..., None]
@@ -760,8 +753,7 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
     else:
         batch_stride, row_stride = _row_strides(target)
         target_strides = batch_stride, 1, row_stride
-    itemsize = min(student.element_size(), teacher.element_size())
-    unit = 8 if itemsize == 2 else 4  # elements in 16 bytes
+    unit = 16 // min(student.element_size(), teacher.element_size())  # elements in 16 bytes
 
     pixels = _flag(operands[0][1] != 1 and operands[0][2] == 1)
     edges = 0
@@ -770,18 +762,18 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
         # exchange between threads, and any number of classes fits without padding.
         rows_block = _power_of_2(rows, 128 * unit)
         classes_block = _power_of_2(classes, 2048 // rows_block)
+        warps = rows_block * classes_block // 512
         align = _alignment(rows, *(stride for b, c, _ in operands for stride in (b, c)))
     else:
         classes_block = _power_of_2(classes, 8192)
         if classes > classes_block and probabilities:
             classes_block = 4096
         rows_block = 1 if classes_block > 512 else 512 // classes_block
+        warps = rows_block * classes_block // 1024 if classes <= classes_block else 16
         align = _alignment(classes, *(stride for b, _, r in operands for stride in (b, r)))
         # Rows that start anywhere, but both sets of logits alike: all but their edges is 16 bytes wide.
         if align < unit and classes > 1024 and _alike(operands, unit):
             align, edges = 1, unit
-    one_block = _flag(classes <= classes_block)
-    warps = rows_block * classes_block // (512 if pixels else 1024) if pixels or one_block else 16
     constants = {
         "ROWS": rows_block, "CLASSES": classes_block, "ALIGN": align, "PIXELS": pixels, "EDGES": edges,
         "num_warps": 1 if warps < 1 else warps,
@@ -795,7 +787,7 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
         classes,
         rows,
         (*operands[0], *operands[1], *target_strides, *operands[2]),
-        one_block,
+        _flag(classes <= classes_block),
         constants,
     )
 
@@ -847,15 +839,15 @@ def _row_strides(rows: Tensor) -> tuple[int, int]:
     return rows.stride(0), rows.stride(1)
 
 
-# The compiler may hand over sizes and options as symbols. What a kernel is compiled for must be a number: only the
-# outcome of an `if` is one.
-
-
 def _scalars(student: Tensor, options: Options) -> tuple[float, float, float]:
     """`inverse`, `uniform`, `q_scale`: 1 / T, and of the hard gradient, hard_weight * (p - q_smoothed)."""
     smoothed = options.hard_weight * options.label_smoothing
     classes = _extent(student)[0]
     return 1 / options.temperature, smoothed / classes, float(options.hard_weight - smoothed)
+
+
+# The compiler may hand over sizes and options as symbols. What a kernel is compiled for must be a number: only the
+# outcome of an `if` is one.
 
 
 def _special(temperature: float) -> int:
