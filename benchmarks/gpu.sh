@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can show, in one command: tests, memory and race checks, benchmark, figures.
-# The summary stays in benchmarks/results/gpu_checks.txt. Needs the extras test and bench.
+# The summary stays in benchmarks/results/gpu_checks.txt. Needs the extra test.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 summary=benchmarks/results/gpu_checks.txt
