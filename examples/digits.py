@@ -92,11 +92,16 @@ def load_splits() -> Splits:
     return Splits(images[train], labels[train], distort(images[test]), labels[test])
 
 
-def distort(images: Tensor) -> Tensor:
-    """Every image shifted by up to one pixel in each direction, plus noise."""
+def shift(images: Tensor) -> Tensor:
+    """Every image shifted by up to one pixel in each direction."""
     n, _, height, width = images.shape
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, height, 1).unfold(3, width, 1)
-    shifted = windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
+    return windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
+
+
+def distort(images: Tensor) -> Tensor:
+    """Every image shifted by up to one pixel in each direction, plus noise."""
+    shifted = shift(images)
     return shifted + NOISE * torch.randn_like(shifted)
 
 
@@ -214,6 +219,12 @@ def snapshots(epochs: int) -> list[int]:
 # The report ---------------------------------------------------------------------------------------------------------
 
 
+def confidence_interval(values: Tensor) -> tuple[float, float]:
+    """Mean of at least two values, and half the width of its 95 % confidence interval by Student's t."""
+    half = student_t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return values.mean().item(), half.item()
+
+
 def print_report(teacher_accuracy: float, accuracies: dict[str, Tensor], weights: dict[int, Tensor]) -> None:
     n = len(accuracies["CE"])
     print(f"\nTest accuracy in %, mean +- standard deviation over {n} seeds")
@@ -223,9 +234,7 @@ def print_report(teacher_accuracy: float, accuracies: dict[str, Tensor], weights
 
     print(f"\nDifference within a seed in points, mean and 95% confidence interval (Student's t, n = {n})")
     for a, b in (("WSL", "CE"), ("WSL", "KD"), ("KD", "CE")):
-        difference = accuracies[a] - accuracies[b]
-        half = student_t.ppf(0.975, n - 1) * difference.std() / math.sqrt(n)
-        mean = difference.mean()
+        mean, half = confidence_interval(accuracies[a] - accuracies[b])
         print(f"  {a + ' - ' + b:<9}  {mean:+6.2f}  [{mean - half:+.2f}, {mean + half:+.2f}]")
 
     print("\nMean WSL weight after epoch " + ", ".join(f"{epoch}: {w.mean():.2f}" for epoch, w in weights.items()))

@@ -1,0 +1,301 @@
+"""Bias and variance of students that were trained with cross-entropy, KD and WSL, on real data.
+
+    pip install "weighted-soft-labels[examples]"
+    python bias_variance.py
+
+The expected cross-entropy of a student, over training sets, is a bias plus a variance (see
+`weighted_soft_labels.analysis.bias_variance`). For every seed the training images are cut into M disjoint parts, and on
+each part students are trained with
+
+    CE   cross-entropy with the labels alone
+    KD   CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: the same weight for every sample
+    WSL  CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
+
+the latter two at several temperatures T. The M students of a loss tell its bias and variance on every test image. Each
+student has a teacher of its own, a network four times as wide that was trained on the same part: what soft labels do to
+it is then not that they tell of other images. `--shared-teacher` trains one teacher on all parts together instead,
+which is how distillation is mostly used.
+
+With M models the variance comes out too small by about a factor of 1 - 1/M, and the bias too large by as much.
+
+The folder --out gets bias_variance.csv (a row for every seed, loss, temperature and epoch looked at),
+bias_variance_samples.csv (a row for every test image: means over the seeds, at the temperature nearest to the paper's
+4), options and hardware in bias_variance.json, and two figures. STUDY.md holds what came out on Fashion-MNIST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+from cifar import make_loss
+from digits import COLORS, confidence_interval, integer_from, positive
+from matplotlib.axes import Axes
+from study import (
+    STUDENT_WIDTH,
+    Learner,
+    Row,
+    Task,
+    accuracy,
+    column,
+    draw,
+    load_task,
+    make_network,
+    make_parser,
+    predict,
+    read_table,
+    run,
+    show,
+    steps_per_epoch,
+    train_epoch,
+    train_teachers,
+)
+from torch import Tensor, nn
+
+from weighted_soft_labels.analysis import bias_variance
+
+PAPER_TEMPERATURE = 4.0  # CIFAR-100
+MEASURES = ("bias", "variance", "nll")
+LABELS = {"bias": "bias (nats)", "variance": "variance (nats)", "nll": "test NLL (nats)"}
+TRADES = ("bias_up_variance_down", "bias_up_variance_up", "bias_down_variance_down", "bias_down_variance_up")
+
+
+class Method(NamedTuple):
+    loss: str
+    temperature: float | None  # CE has none
+
+
+class Measured(NamedTuple):
+    """Of the M students of a method on the test images (N,): by image, and their mean accuracy in percent."""
+
+    bias: Tensor
+    variance: Tensor
+    accuracy: float
+
+
+# One seed -----------------------------------------------------------------------------------------------------------
+
+
+def methods(args: argparse.Namespace) -> list[Method]:
+    return [Method("CE", None), *(Method(loss, T) for loss in ("KD", "WSL") for T in args.temperatures)]
+
+
+def replicate(args: argparse.Namespace, seed: int) -> tuple[list[Row], dict[str, Tensor]]:
+    """The rows of a seed, and the columns of its samples."""
+    task = load_task(args.dataset, args.data, args.device)
+    torch.manual_seed(seed)
+    parts = draw(task, args.train_images).tensor_split(args.models)
+    first = make_network(task, STUDENT_WIDTH)
+    if args.shared_teacher:
+        teachers = train_teachers(task, torch.cat(parts), args.teacher_epochs) * args.models
+    else:
+        teachers = [teacher for part in parts for teacher in train_teachers(task, part, args.teacher_epochs)]
+
+    def student(method: Method, part: Tensor, teacher: nn.Module) -> Learner:
+        loss = make_loss(method.loss.lower(), method.temperature, args.alpha)
+        steps = args.epochs * steps_per_epoch(len(part))
+        return Learner(copy.deepcopy(first), loss, steps, None if method.temperature is None else teacher)
+
+    students = [[student(method, *of) for method in methods(args)] for of in zip(parts, teachers)]
+    rows = []
+    for epoch in range(1, args.epochs + 1):
+        for part, learners in zip(parts, students):
+            train_epoch(task, part, learners)
+        if epoch in snapshots(args.epochs):
+            found = {method: measure(task, learners) for method, learners in zip(methods(args), zip(*students))}
+            rows += [make_row(seed, epoch, method, found) for method in found]
+    return rows, make_samples(args, task, found)
+
+
+def snapshots(epochs: int) -> list[int]:
+    """The epochs after which bias and variance are measured: the first, the last, and some on the way."""
+    return sorted({max(1, round(share * epochs)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+
+
+def measure(task: Task, learners: Sequence[Learner]) -> Measured:
+    logits = torch.stack([predict(task, learner.network) for learner in learners])
+    return Measured(*bias_variance(logits, task.test_labels), accuracy(logits, task.test_labels))
+
+
+def make_row(seed: int, epoch: int, method: Method, found: dict[Method, Measured]) -> Row:
+    """Means over the test images, and how often bias and variance went which way from CE to this method."""
+    bias, variance, percent = found[method]
+    ce = found[Method("CE", None)]
+    up, down = (bias > ce.bias, variance > ce.variance), (bias < ce.bias, variance < ce.variance)
+    return {
+        "seed": seed,
+        "loss": method.loss,
+        "temperature": method.temperature,
+        "epoch": epoch,
+        "bias": bias.double().mean().item(),
+        "variance": variance.double().mean().item(),
+        "nll": (bias + variance).double().mean().item(),
+        "accuracy": percent,
+        "bias_up_variance_down": (up[0] & down[1]).float().mean().item(),
+        "bias_up_variance_up": (up[0] & up[1]).float().mean().item(),
+        "bias_down_variance_down": (down[0] & down[1]).float().mean().item(),
+        "bias_down_variance_up": (down[0] & up[1]).float().mean().item(),
+    }
+
+
+def shown(temperatures: list[float]) -> float:
+    """The temperature that stands for KD and WSL where there is room for one."""
+    return min(temperatures, key=lambda T: abs(T - PAPER_TEMPERATURE))
+
+
+def make_samples(args: argparse.Namespace, task: Task, found: dict[Method, Measured]) -> dict[str, Tensor]:
+    T = shown(args.temperatures)
+    columns = {"label": task.test_labels}
+    for method in (Method("CE", None), Method("KD", T), Method("WSL", T)):
+        columns |= {f"bias_{method.loss}": found[method].bias, f"variance_{method.loss}": found[method].variance}
+    return {name: values.cpu() for name, values in columns.items()}
+
+
+def make_tables(args: argparse.Namespace, results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str, list[Row]]:
+    """The samples are means over the seeds."""
+    samples = {name: torch.stack([found[name] for _, found in results]) for name in results[0][1]}
+    labels = samples.pop("label")[0].tolist()
+    means = (values.double().mean(0).tolist() for values in samples.values())
+    return {
+        "bias_variance": [row for rows, _ in results for row in rows],
+        "bias_variance_samples": [dict(zip(("label", *samples), row)) for row in zip(labels, *means)],
+    }
+
+
+# The report, from the tables alone ----------------------------------------------------------------------------------
+
+
+def report(out: Path, options: Row) -> None:
+    rows, samples = (read_table(out / f"{name}.csv") for name in ("bias_variance", "bias_variance_samples"))
+    print_report(rows, options)
+    save_figure(out / "bias_variance.png", rows, options)
+    save_samples_figure(out / "bias_variance_samples.png", samples, options)
+    print(f"\nFigures: {out / 'bias_variance.png'} and {out / 'bias_variance_samples.png'}")
+
+
+def print_report(rows: list[Row], options: Row) -> None:
+    last = [row for row in rows if row["epoch"] == options["epochs"]]
+    seeds = len({row["seed"] for row in rows})
+    print(f"\n{options['models']} students a loss, {seeds} seeds, after {options['epochs']} epochs:")
+    print("mean over the seeds +- half a 95 % confidence interval (Student's t)\n")
+    print(f"{'':14}{'bias':>18}{'variance':>18}{'test NLL':>18}{'accuracy, %':>16}")
+    for method in methods_of(last):
+        where = method._asdict()
+        cells = [show(column(last, name, **where), 4) for name in MEASURES]
+        print(f"{title(method):14}" + "".join(f"{cell:>18}" for cell in cells), end="")
+        print(f"{show(column(last, 'accuracy', **where)):>16}")
+
+    print("\nDifferences within a seed\n")
+    for a, b in pairs(methods_of(last)):
+        values = [column(last, name, **a._asdict()) - column(last, name, **b._asdict()) for name in MEASURES]
+        print(f"{title(a) + ' - ' + b.loss:14}" + "".join(f"{show(value, 4, '+'):>18}" for value in values), end="")
+        difference = column(last, "accuracy", **a._asdict()) - column(last, "accuracy", **b._asdict())
+        print(f"{show(difference, 2, '+'):>16}")
+
+    print("\nTest images, in %, by what became of them from CE to the other loss\n")
+    print(f"{'bias, variance':14}{'up, down':>18}{'up, up':>18}{'down, down':>18}{'down, up':>16}")
+    for method in methods_of(last)[1:]:
+        cells = [show(100 * column(last, name, **method._asdict()), 1) for name in TRADES]
+        print(f"{title(method):14}" + "".join(f"{cell:>18}" for cell in cells[:3]) + f"{cells[3]:>16}")
+
+
+def methods_of(rows: list[Row]) -> list[Method]:
+    return list(dict.fromkeys(Method(row["loss"], row["temperature"]) for row in rows))
+
+
+def title(method: Method) -> str:
+    return method.loss if method.temperature is None else f"{method.loss}, T = {method.temperature:g}"
+
+
+def pairs(found: list[Method]) -> list[tuple[Method, Method]]:
+    """KD against CE, then WSL against KD at the same temperature."""
+    kd = [method for method in found if method.loss == "KD"]
+    return [(method, Method("CE", None)) for method in kd] + [(method._replace(loss="WSL"), method) for method in kd]
+
+
+def save_figure(path: Path, rows: list[Row], options: Row) -> None:
+    """Above against the epoch, at one temperature; below against the temperature, after the last epoch."""
+    figure, axes = plt.subplots(2, len(MEASURES), figsize=(11, 6.4), layout="constrained")
+    temperature = shown(options["temperatures"])
+    last = [row for row in rows if row["epoch"] == options["epochs"]]
+    for measure, above, below in zip(MEASURES, *axes):
+        for method in methods_of(rows):
+            if method.temperature in (None, temperature):
+                epochs = sorted({row["epoch"] for row in rows})
+                values = [column(rows, measure, epoch=epoch, **method._asdict()) for epoch in epochs]
+                errorbar(above, epochs, values, method.loss)
+        temperatures = sorted({row["temperature"] for row in last} - {None})
+        for loss in ("KD", "WSL"):
+            values = [column(last, measure, loss=loss, temperature=T) for T in temperatures]
+            errorbar(below, temperatures, values, loss)
+        mean, half = confidence_interval(column(last, measure, loss="CE"))
+        below.axhspan(mean - half, mean + half, color=COLORS["CE"], alpha=0.25, linewidth=0)
+        below.axhline(mean, color=COLORS["CE"], label="CE")
+        for axis in (above, below):
+            axis.set_ylabel(LABELS[measure])
+            axis.legend(fontsize=8)
+        above.set_xlabel(f"epoch (KD and WSL: T = {temperature:g})")
+        below.set_xlabel("temperature")
+        below.set_xscale("log", base=2)
+        below.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
+    teachers = "one teacher for all" if options["shared_teacher"] else "a teacher for each student"
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(f"{options['dataset']}, {teachers}: mean and 95 % interval over {seeds} seeds", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def errorbar(axis: Axes, x: list[float], values: list[Tensor], loss: str) -> None:
+    means, halves = zip(*(confidence_interval(value) for value in values))
+    axis.errorbar(x, means, halves, color=COLORS[loss], capsize=3, marker="o", markersize=3, label=loss)
+
+
+def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
+    """A point a test image: what KD and WSL make of its bias and its variance, against CE."""
+    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", sharex=True, sharey=True)
+    values = {name: torch.tensor([row[name] for row in samples]) for name in samples[0]}
+    for axis, loss in zip(axes, ("KD", "WSL")):
+        change = [values[f"{name}_{loss}"] - values[f"{name}_CE"] for name in ("bias", "variance")]
+        axis.scatter(*change, s=3, alpha=0.3, color=COLORS[loss], linewidths=0)
+        axis.axhline(0, color="black", linewidth=0.6)
+        axis.axvline(0, color="black", linewidth=0.6)
+        # Few images move far, and most by less than a hundredth: linear up to there, logarithmic beyond.
+        axis.set_xscale("symlog", linthresh=0.01)
+        axis.set_yscale("symlog", linthresh=0.01)
+        axis.set_xlabel(f"change in bias from CE to {loss} (nats)")
+        axis.set_title(f"{loss}, T = {shown(options['temperatures']):g}", fontsize=10)
+    axes[0].set_ylabel("change in variance from CE (nats)")
+    figure.suptitle(f"{options['dataset']}: {len(samples)} test images, means over the seeds", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__, epochs=20, teacher_epochs=20, seeds=12, out="runs/bias_variance")
+    option = parser.add_argument
+    option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0, 8.0], metavar="T", help="(1 2 4 8)")
+    option("--models", type=integer_from(2), default=4, metavar="M", help="parts of the training set, >= 2 (4)")
+    option("--shared-teacher", action="store_true", help="one teacher, trained on all parts")
+    args = parser.parse_args()
+    args.temperatures = sorted(set(args.temperatures))
+    return args
+
+
+def main() -> None:
+    run(parse_args(), replicate, make_tables, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,320 @@
+"""How many regularization samples teachers and temperatures make, and what it is worth to drop or to weigh them.
+
+    pip install "weighted-soft-labels[examples]"
+    python regularization_samples.py
+
+A regularization sample is one on which distillation pulls more on the variance than on the bias (see
+`weighted_soft_labels.analysis.regularization_samples`). The paper finds that students do worse the more there are, for
+one temperature, that teachers trained with label smoothing make more of them and teach worse, that dropping them all
+hurts, too, and that weighing every sample (WSL) beats both. For every seed, teachers are trained with several label
+smoothings, and from each of them, at several temperatures T, students with
+
+    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: the same weight for every sample
+    dropped   KD without the soft term of what is a regularization sample at that step
+    WSL       CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
+    uniform   WSL with the mean weight of the batch in place of each sample's own: just as much soft label, but the same
+              for every sample. What WSL gains over it is gained by telling samples apart
+
+and one student with cross-entropy alone (CE). Regularization samples are counted on the images of every training step,
+as the student sees them then. All students of a seed start alike and see the same images in the same order.
+
+The folder --out gets regularization_samples.csv (a row for every seed, label smoothing, T, loss and epoch; test
+accuracy and NLL in the last), options and hardware in regularization_samples.json, and two figures. STUDY.md holds what
+came out on Fashion-MNIST.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import digits
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from cifar import make_loss
+from digits import confidence_interval, positive
+from matplotlib.figure import Figure
+from study import (
+    STUDENT_WIDTH,
+    Epoch,
+    Learner,
+    Loss,
+    Row,
+    Task,
+    accuracy,
+    column,
+    draw,
+    load_task,
+    make_network,
+    make_parser,
+    predict,
+    read_table,
+    run,
+    show,
+    steps_per_epoch,
+    train_epoch,
+    train_teachers,
+)
+from torch import Tensor, nn
+
+from weighted_soft_labels.analysis import regularization_samples, wsl_terms
+
+LOSSES = ("KD", "dropped", "uniform", "WSL")
+PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
+COLORS = {**digits.COLORS, "dropped": "#009e73", "uniform": "#cc79a7"}
+
+
+COLUMNS = ("regularization_samples", "share", "weight", "test_accuracy", "test_nll")
+
+
+class Method(NamedTuple):
+    loss: str
+    smoothing: float | None = None  # of the teacher; CE has neither
+    temperature: float | None = None
+
+
+# The losses that are here to be compared with -----------------------------------------------------------------------
+
+
+def make_student_loss(method: Method, alpha: float) -> Loss:
+    T = method.temperature
+
+    def soft_terms(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return T**2 * F.cross_entropy(student_logits / T, (teacher_logits / T).softmax(1), reduction="none")
+
+    def dropped(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        kept = ~regularization_samples(student_logits, teacher_logits, labels, temperature=T)
+        soft = soft_terms(student_logits, teacher_logits)
+        return F.cross_entropy(student_logits, labels) + alpha * (kept * soft).mean()
+
+    def uniform(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        weight = wsl_terms(student_logits, teacher_logits, labels).weight.mean()
+        soft = soft_terms(student_logits, teacher_logits)
+        return F.cross_entropy(student_logits, labels) + alpha * weight * soft.mean()
+
+    here = {"dropped": dropped, "uniform": uniform}
+    return here[method.loss] if method.loss in here else make_loss(method.loss.lower(), T, alpha)
+
+
+# One seed -----------------------------------------------------------------------------------------------------------
+
+
+def methods(args: argparse.Namespace) -> list[Method]:
+    return [Method("CE"), *(Method(*of) for of in product(LOSSES, args.smoothings, args.temperatures))]
+
+
+def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
+    task = load_task(args.dataset, args.data, args.device)
+    torch.manual_seed(seed)
+    drawn = draw(task, args.train_images)
+    first = make_network(task, STUDENT_WIDTH)
+    teachers = dict(zip(args.smoothings, train_teachers(task, drawn, args.teacher_epochs, args.smoothings)))
+    steps = args.epochs * steps_per_epoch(len(drawn))
+    students = {
+        method: Learner(
+            copy.deepcopy(first), make_student_loss(method, args.alpha), steps, teachers.get(method.smoothing)
+        )
+        for method in methods(args)
+    }
+
+    rows = [
+        make_row(seed, Method("teacher", smoothing), args.teacher_epochs, evaluate(task, teacher))
+        for smoothing, teacher in teachers.items()
+    ]
+    for epoch in range(1, args.epochs + 1):
+        seen = train_epoch(task, drawn, list(students.values()))
+        for (method, student), logits in zip(students.items(), seen.student_logits):
+            tested = evaluate(task, student.network) if epoch == args.epochs else {}
+            counted = {} if student.teacher is None else count(seen, logits, student.teacher, method.temperature)
+            rows.append(make_row(seed, method, epoch, counted, tested))
+    return rows
+
+
+def count(seen: Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
+    of = student_logits, seen.teacher_logits[teacher], seen.labels
+    found = regularization_samples(*of, temperature=temperature)
+    return {
+        "regularization_samples": int(found.sum()),
+        "share": found.float().mean().item(),
+        "weight": wsl_terms(*of).weight.mean().item(),
+    }
+
+
+def evaluate(task: Task, network: nn.Module) -> Row:
+    logits = predict(task, network)
+    nll = F.cross_entropy(logits, task.test_labels).item()
+    return {"test_accuracy": accuracy(logits, task.test_labels), "test_nll": nll}
+
+
+def make_row(seed: int, method: Method, epoch: int, *measured: Row) -> Row:
+    """What was not measured stays empty."""
+    row = {"seed": seed, **method._asdict(), "epoch": epoch, **dict.fromkeys(COLUMNS)}
+    for values in measured:
+        row |= values
+    return row
+
+
+def make_tables(args: argparse.Namespace, results: list[list[Row]]) -> dict[str, list[Row]]:
+    return {"regularization_samples": [row for rows in results for row in rows]}
+
+
+# The report, from the table alone -----------------------------------------------------------------------------------
+
+
+def report(out: Path, options: Row) -> None:
+    results = Results(read_table(out / "regularization_samples.csv"), options["epochs"])
+    print_report(results, options)
+    save_counts(out / "regularization_samples.png", results, options)
+    save_losses(out / "regularization_samples_losses.png", results, options)
+    print(f"\nFigures: {out / 'regularization_samples.png'} and {out / 'regularization_samples_losses.png'}")
+
+
+class Results(NamedTuple):
+    """Values by seed, in the order of the seeds."""
+
+    rows: list[Row]
+    epochs: int
+
+    @property
+    def seeds(self) -> int:
+        return len({row["seed"] for row in self.rows})
+
+    def of(self, method: Method, name: str, epoch: int | None = None) -> Tensor:
+        """After the last epoch, unless another one is asked for."""
+        return column(self.rows, name, epoch=epoch or self.epochs, **method._asdict())
+
+    def share(self, method: Method) -> Tensor:
+        """Regularization samples in % of the images of all epochs."""
+        return 100 * torch.stack([self.of(method, "share", epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
+
+    def accuracy(self, method: Method) -> Tensor:
+        return self.of(method, "test_accuracy")
+
+    def difference(self, a: str, b: str, smoothing: float, temperature: float) -> Tensor:
+        """In test accuracy, within a seed, in points."""
+        one, other = (Method(loss) if loss == "CE" else Method(loss, smoothing, temperature) for loss in (a, b))
+        return self.accuracy(one) - self.accuracy(other)
+
+
+def print_report(results: Results, options: Row) -> None:
+    smoothings, temperatures = options["smoothings"], options["temperatures"]
+    print(f"\n{results.seeds} seeds: mean +- half a 95 % confidence interval (Student's t)\n")
+    for smoothing in smoothings:
+        tested = results.of(Method("teacher", smoothing), "test_accuracy", options["teacher_epochs"])
+        print(f"teacher, label smoothing {smoothing:g}: accuracy {show(tested)} %")
+    print(f"CE: accuracy {show(results.accuracy(Method('CE')))} %")
+
+    print("\nRegularization samples of KD, in % of the images of all epochs, and test accuracy in %\n")
+    print(f"{'smoothing':>9}{'T':>4}{'share':>16}" + "".join(f"{loss:>16}" for loss in LOSSES))
+    for T, smoothing in product(temperatures, smoothings):
+        cells = [results.share(Method("KD", smoothing, T))]
+        cells += [results.accuracy(Method(loss, smoothing, T)) for loss in LOSSES]
+        print(f"{smoothing:9g}{T:4g}" + "".join(f"{show(cell):>16}" for cell in cells))
+
+    print("\nDifferences in test accuracy within a seed, in points\n")
+    print(f"{'smoothing':>9}{'T':>4}" + "".join(f"{' - '.join(pair):>18}" for pair in PAIRS))
+    for T, smoothing in product(temperatures, smoothings):
+        values = [results.difference(*pair, smoothing, T) for pair in PAIRS]
+        print(f"{smoothing:9g}{T:4g}" + "".join(f"{show(value, 2, '+'):>18}" for value in values))
+
+    if len(smoothings) > 1:
+        print("\nKD under smoothed teachers: within a seed, against no smoothing, or the least of it\n")
+        print(f"{'smoothing':>9}{'T':>4}{'share, points':>18}{'accuracy, points':>18}")
+        for T, smoothing in product(temperatures, smoothings[1:]):
+            a, b = Method("KD", smoothing, T), Method("KD", smoothings[0], T)
+            share, accuracies = results.share(a) - results.share(b), results.accuracy(a) - results.accuracy(b)
+            print(f"{smoothing:9g}{T:4g}{show(share, 2, '+'):>18}{show(accuracies, 2, '+'):>18}")
+
+
+def save_counts(path: Path, results: Results, options: Row) -> None:
+    """The share of regularization samples by epoch, one panel a temperature, then accuracy against that share."""
+    smoothings, temperatures = options["smoothings"], options["temperatures"]
+    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(smoothings)).numpy())
+    panels = len(temperatures) + 1
+    figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3.8), layout="constrained")
+    for axis, T in zip(axes, temperatures):
+        for shade, smoothing in zip(shades, smoothings):
+            epochs = range(1, results.epochs + 1)
+            values = [100 * results.of(Method("KD", smoothing, T), "share", epoch) for epoch in epochs]
+            means, halves = zip(*map(confidence_interval, values))
+            axis.errorbar(epochs, means, halves, color=shade, capsize=2, label=f"{smoothing:g}")
+        axis.set_title(f"KD, T = {T:g}", fontsize=10)
+        axis.set_xlabel("epoch")
+        axis.sharey(axes[0])
+    axes[0].set_ylabel("regularization samples (% of images)")
+    axes[0].legend(title="label smoothing\nof the teacher", fontsize=8, title_fontsize=8)
+
+    for marker, T in zip("os^Dv<>p*hX", temperatures):
+        for shade, smoothing in zip(shades, smoothings):
+            method = Method("KD", smoothing, T)
+            (x, dx), (y, dy) = map(confidence_interval, (results.share(method), results.accuracy(method)))
+            axes[-1].errorbar(x, y, dy, dx, color=shade, marker=marker, capsize=2)
+        axes[-1].plot([], [], marker, color="black", label=f"T = {T:g}")
+    axes[-1].set_title("KD", fontsize=10)
+    axes[-1].set_xlabel("regularization samples (% of images)")
+    axes[-1].set_ylabel("test accuracy (%)")
+    axes[-1].legend(fontsize=8)
+    finish(figure, path, results, options)
+
+
+def save_losses(path: Path, results: Results, options: Row) -> None:
+    """What a loss gains over KD, one panel a teacher."""
+    smoothings, temperatures = options["smoothings"], options["temperatures"]
+    figure, axes = plt.subplots(
+        1, len(smoothings), figsize=(3.8 * len(smoothings), 3.8), layout="constrained", sharey=True, squeeze=False
+    )
+    for axis, smoothing in zip(axes[0], smoothings):
+        for i, loss in enumerate(LOSSES[1:]):
+            values = [results.difference(loss, "KD", smoothing, T) for T in temperatures]
+            means, halves = zip(*map(confidence_interval, values))
+            places = [place + 0.15 * (i - 1) for place in range(len(temperatures))]
+            axis.errorbar(places, means, halves, fmt="o", color=COLORS[loss], capsize=3, label=loss)
+        axis.axhline(0, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(temperatures)), [f"{T:g}" for T in temperatures])
+        axis.set_title(f"teacher with label smoothing {smoothing:g}", fontsize=10)
+        axis.set_xlabel("temperature")
+    axes[0, 0].set_ylabel("test accuracy above KD (points)")
+    axes[0, 0].legend(fontsize=8)
+    finish(figure, path, results, options)
+
+
+def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
+    figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {results.seeds} seeds", fontsize=11)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
+    return value
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__, epochs=20, teacher_epochs=20, seeds=8, out="runs/regularization_samples")
+    option = parser.add_argument
+    option("--smoothings", type=share, nargs="+", default=[0.0, 0.1, 0.2], metavar="S", help="of teachers (0 0.1 0.2)")
+    option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0], metavar="T", help="(1 2 4)")
+    args = parser.parse_args()
+    args.smoothings, args.temperatures = sorted(set(args.smoothings)), sorted(set(args.temperatures))
+    return args
+
+
+def main() -> None:
+    run(parse_args(), replicate, make_tables, report)
+
+
+if __name__ == "__main__":
+    main()

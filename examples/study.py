@@ -1,0 +1,340 @@
+"""What bias_variance.py and regularization_samples.py share: data, networks, training, seeds, and tables of results.
+
+A replicate is everything that one seed decides: which training images are drawn, the teachers, the first weights of the
+students, the order of the images and what is done to them. Students of different losses differ in nothing else, so
+their differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from cifar import DATASETS, Refusal, load_split, open_device
+from digits import confidence_interval, distort, integer_from, load_splits, positive, shift
+from torch import Tensor, nn
+from tqdm import tqdm
+
+BATCH = 100
+EVALUATION_BATCH = 500
+LR = 0.01
+STUDENT_WIDTH = 8
+TEACHER_WIDTH = 24
+
+Result = TypeVar("Result")
+Row = dict[str, Any]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student_logits, teacher_logits, labels
+
+
+# The data -----------------------------------------------------------------------------------------------------------
+
+
+class Task(NamedTuple):
+    """Images (N, channels, size, size) in float32 and labels (N,), on the device; `augment` takes a batch of images."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    classes: int
+    augment: Callable[[Tensor], Tensor]
+
+
+@cache
+def load_task(dataset: str, root: Path, device: torch.device) -> Task:
+    if dataset == "digits":
+        torch.manual_seed(0)  # the same test images, with the same noise, for every seed of the study
+        splits, classes, augment = load_splits(), 10, distort
+    else:
+        if not root.is_dir():
+            raise Refusal(f"there is no folder {str(root)!r}: make it, and {dataset} is downloaded into it")
+        splits = (x for train in (True, False) for x in normalised(dataset, root, train))
+        classes, augment = DATASETS[dataset].classes, shift_and_flip
+    return Task(*(x.to(device) for x in splits), classes, augment)
+
+
+def normalised(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    images, labels = load_split(dataset, root, train)
+    channels = images.shape[-1]
+    mean, std = (255 * torch.tensor(values[:channels]) for values in DATASETS[dataset][1:3])
+    return ((images - mean) / std).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def shift_and_flip(images: Tensor) -> Tensor:
+    flip = torch.rand(len(images), 1, 1, 1).to(images.device) < 0.5
+    images = shift(images)
+    return torch.where(flip, images.flip(3), images)
+
+
+def draw(task: Task, count: int | None) -> Tensor:
+    """Indices of `count` training images, or of all of them, in random order."""
+    available = len(task.train_labels)
+    if count is not None and count > available:
+        raise Refusal(f"--train-images {count}: there are {available}")
+    return torch.randperm(available)[:count]
+
+
+# Networks and training ----------------------------------------------------------------------------------------------
+
+
+def make_network(task: Task, width: int) -> nn.Module:
+    """Three convolutions, which shrink the image to 4 x 4. Some 10,000 weights if the width is 8."""
+    channels, size = task.train_images.shape[1:3]
+    layers: list[nn.Module] = []
+    for out in (width, 2 * width, 4 * width):
+        stride = 2 if size > 4 else 1
+        layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        channels, size = out, size // stride
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, task.classes))
+    return network.to(task.train_images.device, memory_format=torch.channels_last)
+
+
+class Learner:
+    """A network and how it is trained: by which loss and, unless it learns from labels alone, by which teacher."""
+
+    def __init__(self, network: nn.Module, loss: Loss, steps: int, teacher: nn.Module | None = None) -> None:
+        self.network, self.loss, self.teacher = network, loss, teacher
+        # Its steps do not grow with the scale of a loss, which is up to 1 + alpha times as large with soft labels.
+        self.optimizer = torch.optim.AdamW(network.parameters(), LR)
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
+
+    def step(self, images: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        logits = self.network(images)
+        loss = self.loss(logits, teacher_logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.schedule.step()
+        return logits.detach()
+
+
+class Epoch(NamedTuple):
+    """What was seen and said in one pass over the images: labels, and logits by teacher and by learner."""
+
+    labels: Tensor
+    teacher_logits: dict[nn.Module, Tensor]
+    student_logits: list[Tensor]
+
+
+def steps_per_epoch(images: int) -> int:
+    return -(-images // BATCH)
+
+
+def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch:
+    """All learners side by side, on the same images in the same order."""
+    teachers = list(dict.fromkeys(learner.teacher for learner in learners if learner.teacher is not None))
+    for learner in learners:
+        learner.network.train()
+    seen = []
+    for batch in drawn[torch.randperm(len(drawn))].to(task.train_labels.device).split(BATCH):
+        images, labels = task.augment(task.train_images[batch]), task.train_labels[batch]
+        with torch.no_grad():
+            taught = {teacher: teacher(images) for teacher in teachers}
+        logits = [learner.step(images, taught.get(learner.teacher), labels) for learner in learners]
+        seen.append((labels, *taught.values(), *logits))
+    labels, *rest = (torch.cat(parts) for parts in zip(*seen))
+    return Epoch(labels, dict(zip(teachers, rest)), rest[len(teachers) :])
+
+
+def train_teachers(task: Task, drawn: Tensor, epochs: int, smoothings: Iterable[float] = (0.0,)) -> list[nn.Module]:
+    """One for every label smoothing, alike but for it; in evaluation mode and without gradients."""
+    steps = epochs * steps_per_epoch(len(drawn))
+    first = make_network(task, TEACHER_WIDTH)
+    learners = [Learner(copy.deepcopy(first), cross_entropy(smoothing), steps) for smoothing in smoothings]
+    for _ in range(epochs):
+        train_epoch(task, drawn, learners)
+    return [learner.network.eval().requires_grad_(False) for learner in learners]
+
+
+def cross_entropy(label_smoothing: float = 0.0) -> Loss:
+    def loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+
+    return loss
+
+
+@torch.no_grad()
+def predict(task: Task, network: nn.Module) -> Tensor:
+    """Logits of the test images."""
+    network.eval()
+    return torch.cat([network(images) for images in task.test_images.split(EVALUATION_BATCH)])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """In percent."""
+    return 100 * (logits.argmax(-1) == labels).float().mean().item()
+
+
+# Seeds, in processes of their own -----------------------------------------------------------------------------------
+
+
+def run_seeds(
+    replicate: Callable[[argparse.Namespace, int], Result], args: argparse.Namespace
+) -> Iterator[tuple[int, Result]]:
+    """Yields seeds and what `replicate` makes of them, as they finish. It has to be a function of a module."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(args.workers, args.seeds), context, initializer=start_worker) as pool:
+        futures = {pool.submit(replicate, args, seed): seed for seed in range(args.seeds)}
+        try:
+            for future in tqdm(as_completed(futures), total=args.seeds, unit="seed"):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """One thread: more gain little on networks this small. And no worker outlives a program that was killed."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+# Results: tables as CSV, from which alone reports and figures are made ----------------------------------------------
+
+
+def write(path: Path, text: str) -> None:
+    """All or nothing: under its name there is always a complete file."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
+    write(path, text.getvalue())
+
+
+def read_table(path: Path) -> list[Row]:
+    """Numbers as numbers, empty cells as None."""
+
+    def parse(text: str) -> Any:
+        try:
+            return float(text) if text else None
+        except ValueError:
+            return text
+
+    with path.open(newline="") as file:
+        return [{name: parse(text) for name, text in row.items()} for row in csv.DictReader(file)]
+
+
+def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
+    """The values of a column in the rows that `where` describes, by seed: one a seed, for differences to be paired."""
+    found = {row["seed"]: row[name] for row in rows if all(row[key] == value for key, value in where.items())}
+    return torch.tensor([found[seed] for seed in sorted(found)], dtype=torch.float64)
+
+
+def show(values: Tensor, digits: int = 2, sign: str = "") -> str:
+    """Mean and half the width of its 95 % confidence interval."""
+    mean, half = confidence_interval(values)
+    return f"{mean:{sign}.{digits}f} +- {half:.{digits}f}"
+
+
+def describe_run(args: argparse.Namespace, seconds: float) -> Row:
+    """Options and machine, for the file beside the tables."""
+    elsewhere = ("out", "data", "report", "workers", "device")
+    return {
+        **{name: value for name, value in vars(args).items() if name not in elsewhere},
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else processor(),
+        "workers": args.workers,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "minutes": round(seconds / 60, 1),
+    }
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def make_parser(doc: str, *, epochs: int, teacher_epochs: int, seeds: int, out: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
+    option("--data", type=Path, default=Path("data"), metavar="DIR", help="holds the dataset, or is to hold it (data)")
+    option("--train-images", type=integer_from(BATCH), metavar="N", help=f"drawn for each seed, >= {BATCH} (all)")
+    option("--seeds", type=integer_from(2), default=seeds, metavar="N", help=f">= 2 ({seeds})")
+    option("--epochs", type=integer_from(1), default=epochs, metavar="N", help=f"of a student ({epochs})")
+    option("--teacher-epochs", type=integer_from(1), default=teacher_epochs, metavar="N", help=f"({teacher_epochs})")
+    option("--alpha", type=positive, default=2.25, metavar="A", help="of KD and WSL (2.25, the paper's CIFAR-100)")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(cuda if there is one, else cpu)")
+    workers = os.cpu_count() or 1
+    option("--workers", type=integer_from(1), default=workers, metavar="N", help=f"seeds side by side ({workers})")
+    option("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder of the results; made if needed ({out})")
+    option("--report", action="store_true", help="print and draw what --out holds, without any training")
+    return parser
+
+
+def run(
+    args: argparse.Namespace,
+    replicate: Callable[[argparse.Namespace, int], Result],
+    tables: Callable[[argparse.Namespace, list[Result]], dict[str, list[Row]]],
+    report: Callable[[Path, Row], None],
+) -> None:
+    """Train unless only a report was asked for, then report; what has to be refused is, in one line.
+
+    After every seed there is a complete table of the seeds so far, under the names that `tables` gives them, and a file
+    of options and hardware under the script's own name.
+    """
+    script = Path(sys.argv[0])
+    described = args.out / f"{script.stem}.json"
+    try:
+        if not args.report:
+            train(args, described, replicate, tables)
+        if not described.is_file():
+            raise Refusal(f"there is no file {str(described)!r}: run without --report first")
+        report(args.out, json.loads(described.read_text()))
+    except (Refusal, OSError) as error:
+        sys.exit(f"{script.name}: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"{script.name}: interrupted; {str(args.out)!r} holds the seeds that were finished, if any")
+
+
+def train(
+    args: argparse.Namespace,
+    described: Path,
+    replicate: Callable[[argparse.Namespace, int], Result],
+    tables: Callable[[argparse.Namespace, list[Result]], dict[str, list[Row]]],
+) -> None:
+    if described.exists():
+        raise Refusal(f"{str(args.out)!r} holds results: --report shows them; choose another --out for new ones")
+    args.device = open_device(args.device)
+    draw(load_task(args.dataset, args.data, args.device), args.train_images)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, results = time.perf_counter(), {}
+    for seed, result in run_seeds(replicate, args):
+        results[seed] = result
+        for name, rows in tables(args, [results[seed] for seed in sorted(results)]).items():
+            write_table(args.out / f"{name}.csv", rows)
+        write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
