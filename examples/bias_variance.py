@@ -40,6 +40,7 @@ import torch
 from cifar import make_loss
 from digits import COLORS, confidence_interval, integer_from, positive
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 from study import (
     STUDENT_WIDTH,
     Learner,
@@ -47,6 +48,7 @@ from study import (
     Task,
     accuracy,
     column,
+    count_seeds,
     draw,
     load_task,
     make_network,
@@ -184,8 +186,7 @@ def report(out: Path, options: Row) -> None:
 
 def print_report(rows: list[Row], options: Row) -> None:
     last = [row for row in rows if row["epoch"] == options["epochs"]]
-    seeds = len({row["seed"] for row in rows})
-    print(f"\n{options['models']} students a loss, {seeds} seeds, after {options['epochs']} epochs:")
+    print(f"\n{options['models']} students a loss, {count_seeds(rows)} seeds, after {options['epochs']} epochs:")
     print("mean over the seeds +- half a 95 % confidence interval (Student's t)\n")
     print(f"{'':14}{'bias':>18}{'variance':>18}{'test NLL':>18}{'accuracy, %':>16}")
     for method in methods_of(last):
@@ -243,13 +244,14 @@ def save_figure(path: Path, rows: list[Row], options: Row) -> None:
         for axis in (above, below):
             axis.set_ylabel(LABELS[measure])
             axis.legend(fontsize=8)
+        above.xaxis.set_major_locator(MaxNLocator(integer=True))
         above.set_xlabel(f"epoch (KD and WSL: T = {temperature:g})")
         below.set_xlabel("temperature")
         below.set_xscale("log", base=2)
         below.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
     teachers = "one teacher for all" if options["shared_teacher"] else "a teacher for each student"
-    seeds = len({row["seed"] for row in rows})
-    figure.suptitle(f"{options['dataset']}, {teachers}: mean and 95 % interval over {seeds} seeds", fontsize=11)
+    title = f"{options['dataset']}, {teachers}: mean and 95 % interval over {count_seeds(rows)} seeds"
+    figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

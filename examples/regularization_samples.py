@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from cifar import make_loss
 from digits import confidence_interval, positive
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from study import (
     STUDENT_WIDTH,
     Epoch,
@@ -51,6 +53,7 @@ from study import (
     Task,
     accuracy,
     column,
+    count_seeds,
     draw,
     load_task,
     make_network,
@@ -185,7 +188,7 @@ class Results(NamedTuple):
 
     @property
     def seeds(self) -> int:
-        return len({row["seed"] for row in self.rows})
+        return count_seeds(self.rows)
 
     def of(self, method: Method, name: str, epoch: int | None = None) -> Tensor:
         """After the last epoch, unless another one is asked for."""
@@ -248,6 +251,7 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
             axis.errorbar(epochs, means, halves, color=shade, capsize=2, label=f"{smoothing:g}")
         axis.set_title(f"KD, T = {T:g}", fontsize=10)
         axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.sharey(axes[0])
     axes[0].set_ylabel("regularization samples (% of images)")
     axes[0].legend(title="label smoothing\nof the teacher", fontsize=8, title_fontsize=8)
@@ -279,6 +283,7 @@ def save_losses(path: Path, results: Results, options: Row) -> None:
             axis.errorbar(places, means, halves, fmt="o", color=COLORS[loss], capsize=3, label=loss)
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set_xticks(range(len(temperatures)), [f"{T:g}" for T in temperatures])
+        axis.set_xlim(-0.5, len(temperatures) - 0.5)
         axis.set_title(f"teacher with label smoothing {smoothing:g}", fontsize=10)
         axis.set_xlabel("temperature")
     axes[0, 0].set_ylabel("test accuracy above KD (points)")
@@ -296,7 +301,10 @@ def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
 
 
 def share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
     return value

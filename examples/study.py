@@ -242,6 +242,13 @@ def read_table(path: Path) -> list[Row]:
         return [{name: parse(text) for name, text in row.items()} for row in csv.DictReader(file)]
 
 
+def count_seeds(rows: Iterable[Row]) -> int:
+    seeds = len({row["seed"] for row in rows})
+    if seeds < 2:
+        raise Refusal(f"an interval needs at least two seeds, and {seeds} is finished")
+    return seeds
+
+
 def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
     """The values of a column in the rows that `where` describes, by seed: one a seed, for differences to be paired."""
     found = {row["seed"]: row[name] for row in rows if all(row[key] == value for key, value in where.items())}
