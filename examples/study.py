@@ -15,11 +15,13 @@ import json
 import multiprocessing
 import os
 import platform
+import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -194,13 +196,16 @@ def run_seeds(
         try:
             for future in tqdm(as_completed(futures), total=args.seeds, unit="seed"):
                 yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # an interrupt, too: nobody is to wait for seeds whose results are not wanted
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            raise
 
 
 def start_worker() -> None:
     """One thread: more gain little on networks this small. And no worker outlives a program that was killed."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program's own to handle
     parent = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
@@ -324,8 +329,8 @@ def run(
         report(args.out, json.loads(described.read_text()))
     except (Refusal, OSError) as error:
         sys.exit(f"{script.name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{script.name}: interrupted; {str(args.out)!r} holds the seeds that were finished, if any")
+    except (KeyboardInterrupt, BrokenProcessPool):
+        sys.exit(f"{script.name}: error: interrupted; {str(args.out)!r} holds the seeds that were finished, if any")
 
 
 def train(

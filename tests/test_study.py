@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,30 +180,44 @@ def test_seeds_do_not_depend_on_the_number_of_workers_and_a_teacher_can_be_share
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in Linux's /proc")
-def test_no_worker_outlives_a_killed_program_and_no_file_is_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["program", "worker"])
+def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path, victim: str) -> None:
     options = (*TINY, "--seeds", 40, "--epochs", 1, "--models", 2, "--workers", 2, "--out", "killed")
     process = subprocess.Popen(
-        command("bias_variance.py", *options), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command("bias_variance.py", *options),
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     described = tmp_path / "killed" / "bias_variance.json"
-    deadline = time.monotonic() + 240
-    while not described.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_until(lambda: described.exists() or process.poll() is not None)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "it was over before it could be killed"
-    assert len(children) >= 2
-
-    deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+    workers = [child for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+    assert len(workers) == 2
+    if victim == "program":
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    else:
+        os.kill(int(workers[0]), signal.SIGKILL)
+        _, stderr = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert stderr.splitlines()[-1].startswith("bias_variance.py: error: interrupted; 'killed' holds the seeds")
+        assert "Traceback" not in stderr
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
 
     rows = table(tmp_path / "killed" / "bias_variance.csv")
     assert {len([row for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}} == {5}
     again = run(tmp_path, "bias_variance.py", *options)
     assert again.returncode == 1
     assert again.stderr.splitlines()[-1].startswith("bias_variance.py: error: 'killed' holds results")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_fashion_mnist_as_its_files_lie_there(tmp_path: Path) -> None:
