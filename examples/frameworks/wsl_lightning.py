@@ -1,0 +1,257 @@
+"""Weighted Soft Labels as a LightningModule; as a script, a small example on scikit-learn's digits.
+
+    pip install "weighted-soft-labels[frameworks]"
+    python wsl_lightning.py                  # one process
+    python wsl_lightning.py --devices 2      # DDP on two CPU processes, each with half of the batch
+    python wsl_lightning.py --alpha 0        # the student alone: cross-entropy
+
+Copy :class:`Distillation`; it takes any two classifiers. Batches are (inputs, target).
+
+    module = Distillation(student, teacher, temperature=4.0, alpha=2.25, learning_rate=0.05)
+    trainer = L.Trainer(max_epochs=240, precision="bf16-mixed")
+    trainer.fit(module, train_loader, val_loader)                    # or with ckpt_path=..., to resume
+    Distillation.load_from_checkpoint(path, student=student, teacher=teacher)
+
+Lightning warns of modules in eval mode when training starts: the teacher's, as it should be. Under DDP it shuffles the
+training data whether the loader does or not, and gradients are means over processes, whatever each of them ignores. To
+resume from within an epoch it begins the epoch's data anew, and it restores no random numbers.
+
+Measured with the defaults, seeds 0 to 4, on 2 cores of an AMD EPYC (torch 2.14.1, lightning 2.6.6), in 12 to 17 s a run
+beside other programs; test accuracy in %, mean +- standard deviation: teacher 99.05 +- 0.22, student 95.43 +- 0.77. The
+student alone: 92.82 +- 1.25; at a learning rate of 0.3, the better one of two others tried for it, 93.50 +- 0.58.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.loggers import CSVLogger
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
+
+from weighted_soft_labels import WSLLoss
+from weighted_soft_labels.analysis import wsl_terms
+
+# Distillation: what to lift into a project of your own --------------------------------------------------------------
+
+
+class Distillation(L.LightningModule):
+    """A student that learns from a frozen teacher, by the WSL loss.
+
+    The teacher is part of the module, so that it moves and is cast with it; but it is neither trained nor saved.
+    Whoever loads a checkpoint brings the teacher along. All that is missing of the student is still an error.
+
+    Logged at every step that Lightning logs: loss, hard, soft and weight, as means over the elements that are not
+    ignored, and then over the processes. Logged in validation: val_accuracy (percent) and val_hard.
+
+    Args:
+        student: The network to train: inputs to logits, (N, C) or (N, C, d1, ..., dk).
+        teacher: A trained network that gives logits of the same shape. It is put into eval mode and frozen.
+        temperature, alpha, hard_weight, label_smoothing, ignore_index: Those of :func:`weighted_soft_labels.wsl_loss`.
+        learning_rate, momentum, weight_decay: Of SGD. The defaults are the official ImageNet script's. Override
+            `configure_optimizers` for a schedule or another optimizer.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        temperature: float = 2.0,
+        alpha: float = 2.5,
+        hard_weight: float = 1.0,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        learning_rate: float = 0.1,
+        momentum: float = 0.9,
+        weight_decay: float = 1e-4,
+    ) -> None:
+        super().__init__()
+        if not {*student.parameters()}.isdisjoint(teacher.parameters()):
+            raise ValueError("student and teacher must not share parameters: the teacher's are frozen. Pass a deepcopy")
+        self.save_hyperparameters(ignore=("student", "teacher"))
+        self.student = student
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.criterion = WSLLoss(
+            temperature=temperature,
+            alpha=alpha,
+            hard_weight=hard_weight,
+            label_smoothing=label_smoothing,
+            ignore_index=ignore_index,
+        )
+        # Lightning's own mean divides its count of elements by the number of processes and drops the remainder.
+        self.val_accuracy = MeanMetric(nan_strategy="disable")
+        self.val_hard = MeanMetric(nan_strategy="disable")
+        # Hooks of PyTorch rather than on_save_checkpoint, which comes too late for the copies of WeightAveraging.
+        self.register_state_dict_post_hook(leave_out_teacher)
+        self.register_load_state_dict_pre_hook(bring_teacher_along)
+
+    def train(self, mode: bool = True) -> Distillation:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        options = self.hparams
+        return torch.optim.SGD(
+            self.student.parameters(), options.learning_rate, options.momentum, weight_decay=options.weight_decay
+        )
+
+    def forward(self, inputs: Any) -> Tensor:
+        return self.student(inputs)
+
+    @torch.no_grad()
+    def teacher_logits(self, inputs: Any) -> Tensor:
+        if any(module.training for module in self.teacher.modules()):
+            raise ValueError("the teacher must be in eval mode, but something has put it into train mode")
+        return self.teacher(inputs)
+
+    def training_step(self, batch: Any, batch_index: int) -> Tensor:
+        inputs, target = unpack(batch)
+        student_logits, teacher_logits = self.student(inputs), self.teacher_logits(inputs)
+        loss = self.criterion(student_logits, teacher_logits, target)
+        every = self.trainer.log_every_n_steps
+        # The terms are another pass over the logits, and their mean waits for the other processes.
+        if every > 0 and (self.global_step + 1) % every == 0:
+            terms = self.mean_terms(student_logits, teacher_logits, target)
+            self.log_dict({"loss": loss, **terms}, prog_bar=True, sync_dist=True)
+        return loss
+
+    def mean_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Means of hard (without label smoothing), soft (before its scale) and weight, which are 0 where ignored."""
+        temperature, ignore_index = self.criterion.temperature, self.criterion.ignore_index
+        terms = wsl_terms(student_logits, teacher_logits, target, temperature=temperature, ignore_index=ignore_index)
+        kept = terms.weight.numel() if target.is_floating_point() else (target.long() != ignore_index).sum()
+        values = {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
+        return {name: value.sum() / kept for name, value in values.items()}
+
+    def validation_step(self, batch: Any, batch_index: int) -> None:
+        inputs, target = unpack(batch)
+        if target.is_floating_point():
+            raise ValueError(f"validation needs class indices (an integer dtype) as target, got {target.dtype}")
+        logits, target, ignore_index = self.student(inputs), target.long(), self.criterion.ignore_index
+        hard = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="none")
+        kept = target != ignore_index
+        self.val_hard.update(hard[kept])
+        self.val_accuracy.update(100.0 * (logits.argmax(1) == target)[kept])
+        self.log_dict({"val_accuracy": self.val_accuracy, "val_hard": self.val_hard}, prog_bar=True)
+
+
+def unpack(batch: Any) -> tuple[Any, Tensor]:
+    """Look first: a tensor of two images would unpack, too."""
+    if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        kinds = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
+        raise ValueError(f"a batch must be (inputs, target), as WSL weighs by the labels, got {kinds}")
+    return batch[0], batch[1]
+
+
+def leave_out_teacher(module: Distillation, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
+        del state[name]
+
+
+def bring_teacher_along(module: Distillation, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    state.update(module.teacher.state_dict(prefix=f"{prefix}teacher."))
+
+
+# The example --------------------------------------------------------------------------------------------------------
+
+TEST_IMAGES = 800
+STUDENT_IMAGES = 300
+BATCH = 50
+
+
+def load_splits() -> tuple[TensorDataset, TensorDataset]:
+    """Images (N, 1, 8, 8) from 0 to 1 and labels, to train and to test on."""
+    digits = load_digits()
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
+    test, train = torch.randperm(len(images)).split([TEST_IMAGES, len(images) - TEST_IMAGES])
+    return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
+
+
+def train_teacher(data: TensorDataset, epochs: int = 20) -> nn.Module:
+    images, labels = data.tensors
+    teacher = nn.Sequential(
+        *(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Flatten(), nn.Linear(256, 10)),
+    )
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
+    for _ in range(epochs):
+        for part in torch.randperm(len(images)).split(BATCH):
+            optimizer.zero_grad()
+            F.cross_entropy(teacher(images[part]), labels[part]).backward()
+            optimizer.step()
+    return teacher
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, data: TensorDataset) -> float:
+    """In percent."""
+    images, labels = data.tensors
+    return 100 * (network.eval()(images).argmax(1) == labels).float().mean().item()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--temperature", type=float, default=4.0, metavar="T", help="(4.0, the paper's CIFAR-100)")
+    option("--alpha", type=float, default=2.25, metavar="A", help="(2.25, the paper's CIFAR-100)")
+    option("--epochs", type=int, default=60, metavar="N", help="of the student (60)")
+    option("--devices", type=int, default=1, metavar="N", help="CPU processes (1)")
+    option("--seed", type=int, default=0, metavar="N", help="(0)")
+    option("--out", default=".", metavar="DIR", help="is to hold the folder lightning_logs (.)")
+    args = parser.parse_args()
+    for name in ("epochs", "devices"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
+    try:
+        WSLLoss(temperature=args.temperature, alpha=args.alpha)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)  # more gain little on networks this small
+    L.seed_everything(args.seed, verbose=False)
+    # From here on every process of DDP does the same, until Lightning shares out the batches.
+    train, test = load_splits()
+    teacher = train_teacher(train)
+    student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+    module = Distillation(student, teacher, temperature=args.temperature, alpha=args.alpha, learning_rate=0.02)
+
+    few = TensorDataset(*(x[:STUDENT_IMAGES] for x in train.tensors))
+    logger = CSVLogger(args.out)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=args.devices,
+        strategy="ddp" if args.devices > 1 else "auto",
+        max_epochs=args.epochs,
+        logger=logger,
+        log_every_n_steps=2,
+    )
+    trainer.fit(
+        module,
+        DataLoader(few, BATCH // args.devices, shuffle=True, drop_last=True),
+        DataLoader(test, TEST_IMAGES),
+    )
+    if trainer.is_global_zero:
+        terms = ", ".join(f"{name} {trainer.callback_metrics[name]:.3f}" for name in ("hard", "soft", "weight"))
+        print(f"last step logged: {terms}; all of them: {logger.log_dir}/metrics.csv")
+        print(f"test accuracy: teacher {accuracy(teacher, test):.2f} %, student {accuracy(student, test):.2f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,479 @@
+"""examples/frameworks/wsl_lightning.py: under Lightning's own Trainer, in one process and in two."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from weighted_soft_labels import reference, wsl_loss
+from weighted_soft_labels.analysis import wsl_terms
+
+for _module in ("lightning", "sklearn"):
+    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]")
+
+FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
+sys.path.insert(0, str(FRAMEWORKS))
+
+import lightning as L  # noqa: E402
+import wsl_lightning  # noqa: E402
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger  # noqa: E402
+from wsl_lightning import Distillation  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*in eval mode at the start of training"),
+]
+
+CLASSES = 5
+IGNORED = -100
+
+
+def make_student() -> nn.Module:
+    """Without batch statistics, which are each process's own."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+
+
+def make_teacher(classes: int = CLASSES) -> nn.Module:
+    """With statistics that no longer are the initial ones, and all that train mode would change."""
+    torch.manual_seed(2)
+    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, classes))
+    teacher(torch.randn(32, 6))
+    return teacher
+
+
+def make_data(count: int = 24) -> TensorDataset:
+    generator = torch.Generator().manual_seed(3)
+    return TensorDataset(
+        torch.randn(count, 6, generator=generator), torch.randint(CLASSES, (count,), generator=generator)
+    )
+
+
+def make_module(**options: Any) -> Distillation:
+    return Distillation(make_student(), make_teacher(), **{"learning_rate": 0.05, **options})
+
+
+def make_trainer(**options: Any) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(**{"accelerator": "cpu", "enable_model_summary": False, "max_epochs": 2, **quiet, **options})
+
+
+def loader(data: TensorDataset, batch: int = 4) -> DataLoader:
+    return DataLoader(data, batch)
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def names_in(content: object) -> Iterator[str]:
+    """Every key of every dict, however deep."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield str(key)
+            yield from names_in(value)
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from names_in(value)
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    with (folder / "lightning_logs" / "version_0" / "metrics.csv").open(newline="") as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+# Training -----------------------------------------------------------------------------------------------------------
+
+
+def test_trains_the_student_as_a_plain_loop_does() -> None:
+    data, module = make_data(), make_module(temperature=4.0, alpha=2.25, hard_weight=0.5, label_smoothing=0.1)
+    teacher = state(module.teacher)
+    make_trainer().fit(module, loader(data), loader(data))
+
+    student, frozen = make_student(), make_teacher().eval()
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=1e-4)
+    for _ in range(2):
+        for inputs, target in loader(data):
+            options = {"temperature": 4.0, "alpha": 2.25, "hard_weight": 0.5, "label_smoothing": 0.1}
+            loss = reference.wsl_loss(student(inputs), frozen(inputs).detach(), target, **options)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close(state(module.student), state(student), rtol=1e-5, atol=1e-6)
+    assert_same(state(module.teacher), teacher)
+
+
+def test_teacher_is_frozen_and_in_eval_mode_all_along() -> None:
+    module = make_module()  # whose teacher comes in train mode
+    seen: list[tuple[bool, bool]] = []
+    module.teacher[2].register_forward_hook(lambda dropout, *_: seen.append((dropout.training, module.training)))
+    trainer = make_trainer(max_epochs=3, check_val_every_n_epoch=1)
+    trainer.fit(module, loader(make_data()), loader(make_data()))
+    assert seen == 18 * [(False, True)], "the teacher is for training alone"
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.teacher.parameters())
+    (optimizer,) = trainer.optimizers
+    assert {*optimizer.param_groups[0]["params"]} == {*module.student.parameters()}
+
+    module.unfreeze()  # Lightning's: the gradients of all, and train mode
+    assert not module.teacher_logits(make_data().tensors[0]).requires_grad
+    assert module.student[0].training
+    assert not any(part.training for part in module.teacher.modules())
+
+
+@pytest.mark.parametrize(("precision", "weights"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
+def test_mixed_precision_trains(precision: str, weights: torch.dtype) -> None:
+    data, module = make_data(), make_module(temperature=4.0)
+    dtypes: set[torch.dtype] = set()
+    for network in (module.student, module.teacher):
+        network.register_forward_hook(lambda *parts: dtypes.add(parts[-1].dtype))
+    exact = make_module(temperature=4.0)
+    losses = []
+    for either, options in ((module, {"precision": precision}), (exact, {})):
+        trainer = make_trainer(max_epochs=10, log_every_n_steps=1, **options)
+        trainer.fit(either, loader(data, 24))
+        losses.append(trainer.callback_metrics["loss"])
+    assert dtypes == {torch.bfloat16}
+    assert {parameter.dtype for parameter in module.parameters()} == {weights}
+    assert losses[0].dtype == torch.float32
+    torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=0)
+
+
+# What is logged -----------------------------------------------------------------------------------------------------
+
+
+def some_ignored(target: Tensor) -> Tensor:
+    return target.where(torch.arange(len(target)) % 3 > 0, IGNORED)
+
+
+def mixed_up(target: Tensor) -> Tensor:
+    one_hot = F.one_hot(target, CLASSES).float()
+    return 0.7 * one_hot + 0.3 * one_hot.flip(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "ignore_index"),
+    [(some_ignored, IGNORED), (mixed_up, IGNORED), (lambda target: target.to(torch.uint8), 4 - 256)],
+    ids=["ignored", "probabilities", "uint8"],  # 4 - 256 is 4 in uint8, and no target
+)
+def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any, ignore_index: int) -> None:
+    inputs, target = make_data().tensors
+    data, module = TensorDataset(inputs, change(target)), make_module(temperature=3.0, ignore_index=ignore_index)
+    outputs: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    for name, seen in outputs.items():
+        getattr(module, name).register_forward_hook(lambda *parts, seen=seen: seen.append(parts[-1].detach()))
+    make_trainer(logger=CSVLogger(tmp_path), log_every_n_steps=2).fit(module, loader(data))
+
+    rows = read_log(tmp_path)
+    assert [row["step"] for row in rows] == [1, 3, 5, 7, 9, 11]
+    batches = 2 * [*loader(data)]
+    for row in rows:
+        step = int(row["step"])
+        logits = outputs["student"][step], outputs["teacher"][step]
+        target, options = batches[step][1], {"temperature": 3.0, "ignore_index": ignore_index}
+        terms, kept = wsl_terms(*logits, target, **options), slice(None)
+        if ignore_index == IGNORED and not target.is_floating_point():
+            kept = target != IGNORED
+        expected = {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
+        for name, values in expected.items():
+            assert row[name] == pytest.approx(values[kept].mean().item(), rel=1e-5), name
+        assert row["loss"] == pytest.approx(wsl_loss(*logits, target, **options).item(), rel=1e-5)
+
+
+def test_nothing_is_computed_for_a_logger_that_wants_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(wsl_lightning, "wsl_terms", lambda *parts, **options: calls.append(wsl_terms))
+    make_trainer(log_every_n_steps=0).fit(make_module(), loader(make_data()))
+    make_trainer(log_every_n_steps=50).fit(make_module(), loader(make_data()))
+    assert calls == []
+
+
+def test_validation_counts_every_element_once() -> None:
+    inputs, target = make_data(10).tensors
+    data = TensorDataset(inputs, some_ignored(target))
+    module = make_module()
+    (metrics,) = make_trainer().validate(module, loader(data, 4), verbose=False)  # with 2, 3 and 1 elements kept
+    kept = data.tensors[1] != IGNORED
+    logits = module.student(inputs)[kept]
+    assert metrics["val_hard"] == pytest.approx(F.cross_entropy(logits, target[kept]).item(), rel=1e-6)
+    assert metrics["val_accuracy"] == pytest.approx(100 * (logits.argmax(1) == target[kept]).float().mean().item())
+
+
+def test_nan_reaches_the_log() -> None:
+    inputs, target = make_data().tensors
+    inputs[5] = torch.nan  # and no other, as a mean of the others would hide it
+    data, trainer = TensorDataset(inputs, target), make_trainer(max_epochs=1, log_every_n_steps=1)
+    trainer.validate(make_module(), loader(data), verbose=False)
+    assert trainer.callback_metrics["val_hard"].isnan()
+    trainer.fit(make_module(), loader(data, 24))
+    for name in ("loss", "hard", "soft", "weight"):
+        assert trainer.callback_metrics[name].isnan(), name
+
+
+# Checkpoints --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoint_holds_no_teacher_and_loads_strictly(tmp_path: Path, weights_only: bool) -> None:
+    module = make_module(temperature=3.0)
+    trainer = make_trainer()
+    trainer.fit(module, loader(make_data()))
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path, weights_only=weights_only)
+    content = torch.load(path, weights_only=True)
+    assert not [name for name in names_in(content) if "teacher" in name]
+    assert {*content["state_dict"]} == {f"student.{name}" for name in module.student.state_dict()}
+
+    teacher = make_teacher()
+    before = state(teacher)
+    fresh = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
+    loaded = Distillation.load_from_checkpoint(path, student=fresh, teacher=teacher)
+    assert_same(state(loaded.student), state(module.student))
+    assert_same(state(loaded.teacher), before)
+    assert loaded.teacher is teacher
+    assert not teacher.training
+    assert loaded.criterion.temperature == 3.0
+    assert loaded.hparams == module.hparams
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("student.0.bias", "Missing key"),
+        ("student.7.bias", "Unexpected key"),
+        ("teacher.7.bias", "Unexpected key"),
+    ],
+)
+def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    trainer, path = make_trainer(max_epochs=1), tmp_path / "last.ckpt"
+    trainer.fit(make_module(), loader(make_data()))
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    if content["state_dict"].pop(name, None) is None:
+        content["state_dict"][name] = torch.zeros(8)
+    torch.save(content, path)
+
+    message = rf"{message}\(s\) in state_dict: \"{re.escape(name)}\""
+    with pytest.raises(RuntimeError, match=message):
+        Distillation.load_from_checkpoint(path, student=make_student(), teacher=make_teacher())
+    with pytest.raises(RuntimeError, match=message):
+        make_trainer().fit(make_module(), loader(make_data()), ckpt_path=path)
+
+
+def test_teacher_inside_a_checkpoint_does_not_replace_the_one_at_hand() -> None:
+    module = make_module()
+    content = {**module.state_dict(), **make_teacher().state_dict(prefix="teacher.")}
+    before = state(module.teacher)
+    module.load_state_dict({name: value + 1 for name, value in content.items()})
+    assert_same(state(module.teacher), before)
+    assert_same(state(module.student), {name: value + 1 for name, value in state(make_student()).items()})
+
+
+class Stop(L.Callback):
+    """Ends a run within its second epoch."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Distillation, batch: Any, batch_index: int) -> None:
+        if trainer.current_epoch == 1 and batch_index == 2:
+            raise ConnectionAbortedError
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, averaged: bool) -> None:
+    data = make_data()
+
+    def fit(*callbacks: L.Callback, resume_from: Path | None = None) -> Distillation:
+        module = make_module()
+        averages = [EMAWeightAveraging(decay=0.5)] if averaged else []
+        save = ModelCheckpoint(tmp_path / str(len(callbacks)))  # at the end of every epoch; keeps the last
+        trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[*averages, *callbacks, save])
+        trainer.fit(module, loader(data), loader(data), ckpt_path=resume_from)
+        return module
+
+    whole = fit()
+    with pytest.raises(ConnectionAbortedError):
+        fit(Stop())
+    (path,) = (tmp_path / "1").iterdir()
+    content = torch.load(path, weights_only=True)
+    assert content["global_step"] == 6
+    assert not [name for name in names_in(content) if "teacher" in name]
+
+    resumed = fit(resume_from=path)
+    assert_same(state(resumed.student), state(whole.student))
+    assert_same(state(resumed.teacher), state(make_teacher()))
+
+
+# Refused ------------------------------------------------------------------------------------------------------------
+
+
+def without_labels(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
+    return torch.stack([inputs for inputs, _ in parts]), None
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        (DataLoader(make_data().tensors[0], 2), "got Tensor"),
+        (DataLoader(TensorDataset(make_data().tensors[0]), 4), r"got \['Tensor'\]"),
+        (DataLoader([{"image": torch.zeros(6), "label": 0}], 1), "got dict"),
+        (DataLoader(make_data(), 4, collate_fn=without_labels), r"got \['Tensor', 'NoneType'\]"),
+    ],
+    ids=["a tensor of two images", "images alone", "a dict", "None"],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_batch_without_target_is_refused(batches: DataLoader, message: str, stage: str) -> None:
+    message = rf"a batch must be \(inputs, target\), as WSL weighs by the labels, {message}"
+    with pytest.raises(ValueError, match=message):
+        getattr(make_trainer(), stage)(make_module(), batches)
+
+
+def test_validation_on_class_probabilities_is_refused() -> None:
+    data = TensorDataset(make_data().tensors[0], mixed_up(make_data().tensors[1]))
+    with pytest.raises(ValueError, match=r"validation needs class indices .* as target, got torch.float32"):
+        make_trainer().validate(make_module(), loader(data))
+
+
+def test_teacher_of_other_classes_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have the same shape, got \(4, 5\) and \(4, 7\)"):
+        make_trainer().fit(Distillation(make_student(), make_teacher(7)), loader(make_data()))
+
+
+class Unfreeze(L.Callback):
+    """What puts no more than a part of the teacher into train mode, and goes round `Distillation.train`."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: Distillation, batch: Any, batch_index: int) -> None:
+        if batch_index == 1:
+            module.teacher[1].train()
+
+
+def test_teacher_in_train_mode_is_refused() -> None:
+    module = make_module()
+    trainer = make_trainer(callbacks=[Unfreeze()])
+    with pytest.raises(ValueError, match="the teacher must be in eval mode, but something has put it into train mode"):
+        trainer.fit(module, loader(make_data()))
+    assert trainer.global_step == 1
+
+
+def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
+    teacher = make_teacher()
+    student = nn.Sequential(teacher[0], nn.Linear(8, CLASSES))
+    with pytest.raises(ValueError, match="student and teacher must not share parameters"):
+        Distillation(student, teacher)
+    assert all(parameter.requires_grad for parameter in student.parameters())
+    Distillation(copy.deepcopy(student), teacher)
+
+
+def test_options_of_the_loss_are_checked_at_once() -> None:
+    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
+        make_module(temperature=0)
+
+
+# Processes ----------------------------------------------------------------------------------------------------------
+
+
+def run(*command: object) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+class InOrder(L.LightningDataModule):
+    """Training data as it comes, every other element to each of two processes. Lightning itself would shuffle it."""
+
+    def __init__(self, data: TensorDataset, batch: int) -> None:
+        super().__init__()
+        self.data, self.batch = data, batch
+
+    def train_dataloader(self) -> DataLoader:
+        count, rank = self.trainer.world_size, self.trainer.global_rank
+        sampler = DistributedSampler(self.data, count, rank, shuffle=False)
+        return DataLoader(self.data, self.batch // count, sampler=sampler)
+
+    def val_dataloader(self) -> DataLoader:
+        # Three in four of the first process's are ignored, and one of the other's, so that an odd number is left.
+        inputs, target = self.data.tensors
+        place = torch.arange(len(target)) % 8
+        ignored = target.where((place % 2 == 1) | (place == 6), IGNORED)
+        ignored[1] = IGNORED
+        return DataLoader(TensorDataset(inputs, ignored), self.batch // self.trainer.world_size)
+
+
+def train_on(devices: int, folder: Path) -> None:
+    """What both processes of DDP run, too: two epochs of six steps, and a validation after each."""
+    module = make_module()
+    strategy = "ddp" if devices > 1 else "auto"
+    trainer = make_trainer(devices=devices, strategy=strategy, logger=CSVLogger(folder), log_every_n_steps=3)
+    trainer.fit(module, InOrder(make_data(96), batch=16))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    if trainer.is_global_zero:
+        torch.save(state(module.teacher), folder / "teacher.pt")
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> None:
+    one, two, script = tmp_path / "one", tmp_path / "two", tmp_path / "train.py"
+    script.write_text(
+        f"import sys\nfrom pathlib import Path\n\nsys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"import test_wsl_lightning\n\ntest_wsl_lightning.train_on(2, Path({str(two)!r}))\n"
+    )
+    run(script)
+    train_on(1, one)
+
+    a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (one, two))
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=1e-6)
+    assert a["global_step"] == b["global_step"] == 12
+    assert not [name for name in names_in(b) if "teacher" in name]
+    assert_same(torch.load(two / "teacher.pt", weights_only=True), state(make_teacher()))
+
+    rows = read_log(one)
+    assert [row["step"] for row in rows if "weight" in row] == [2, 5, 8, 11]
+    for row, other in zip(rows, read_log(two), strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+def test_script_distils_on_two_processes(tmp_path: Path) -> None:
+    out = run(FRAMEWORKS / "wsl_lightning.py", "--epochs", 3, "--devices", 2, "--out", tmp_path)
+    (accuracies,) = re.findall(r"^test accuracy: teacher (\S+) %, student (\S+) %$", out, flags=re.MULTILINE)
+    last = read_log(tmp_path)[-1]
+    assert float(accuracies[1]) == pytest.approx(last["val_accuracy"], abs=0.01)
+    assert 90 < float(accuracies[0]) <= 100
+    assert 20 < float(accuracies[1]) <= 100
+    (path,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
+    assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {"student"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--devices", "0"), "argument --devices: must be at least 1, got 0"),
+        (("--epochs", "-1"), "argument --epochs: must be at least 1, got -1"),
+        (("--temperature", "nan"), "temperature must be finite and > 0, got nan"),
+    ],
+)
+def test_script_refuses_an_option_out_of_range(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["wsl_lightning.py", *options])
+    with pytest.raises(SystemExit):
+        wsl_lightning.main()
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
