@@ -16,7 +16,10 @@ smoothings, and from each of them, at several temperatures T, students with
               for every sample. What WSL gains over it is gained by telling samples apart
 
 and one student with cross-entropy alone (CE). Regularization samples are counted on the images of every training step,
-as the student sees them then. All students of a seed start alike and see the same images in the same order.
+as the student sees them then. They are of two kinds: above, where the student's probability of the label at T is above
+the teacher's, so that the soft term pulls it down; and far below, where it pulls up by more than twice what the hard
+term does. At T = 1 all are above. Which rule the paper prints could not be verified; were it the signed one, b > a, all
+images but those far below would count. All students of a seed start alike and see the same images in the same order.
 
 The folder --out gets regularization_samples.csv (a row for every seed, label smoothing, T, loss and epoch; test
 accuracy and NLL in the last), options and hardware in regularization_samples.json, and two figures. STUDY.md holds what
@@ -71,11 +74,12 @@ from torch import Tensor, nn
 from weighted_soft_labels.analysis import regularization_samples, wsl_terms
 
 LOSSES = ("KD", "dropped", "uniform", "WSL")
+KINDS = ("both", "above", "far below")  # of regularization samples
 PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
 COLORS = {**digits.COLORS, "dropped": "#009e73", "uniform": "#cc79a7"}
 
 
-COLUMNS = ("regularization_samples", "share", "weight", "test_accuracy", "test_nll")
+COLUMNS = ("regularization_samples", "share", "share_above", "weight", "test_accuracy", "test_nll")
 
 
 class Method(NamedTuple):
@@ -144,9 +148,12 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
 def count(seen: Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
     of = student_logits, seen.teacher_logits[teacher], seen.labels
     found = regularization_samples(*of, temperature=temperature)
+    # The rule at temperature 1, of logits that are divided by T: whose probability of the label at T is larger.
+    above = regularization_samples(of[0] / temperature, of[1] / temperature, of[2], temperature=1.0)
     return {
         "regularization_samples": int(found.sum()),
         "share": found.float().mean().item(),
+        "share_above": above.float().mean().item(),
         "weight": wsl_terms(*of).weight.mean().item(),
     }
 
@@ -194,9 +201,13 @@ class Results(NamedTuple):
         """After the last epoch, unless another one is asked for."""
         return column(self.rows, name, epoch=epoch or self.epochs, **method._asdict())
 
-    def share(self, method: Method) -> Tensor:
-        """Regularization samples in % of the images of all epochs."""
-        return 100 * torch.stack([self.of(method, "share", epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
+    def share(self, method: Method, name: str = "share") -> Tensor:
+        """Regularization samples, of both kinds unless one is asked for, in % of the images of all epochs."""
+        return 100 * torch.stack([self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
+
+    def kinds(self, method: Method) -> dict[str, Tensor]:
+        both, above = self.share(method), self.share(method, "share_above")
+        return dict(zip(KINDS, (both, above, both - above)))
 
     def accuracy(self, method: Method) -> Tensor:
         return self.of(method, "test_accuracy")
@@ -215,33 +226,39 @@ def print_report(results: Results, options: Row) -> None:
         print(f"teacher, label smoothing {smoothing:g}: accuracy {show(tested)} %")
     print(f"CE: accuracy {show(results.accuracy(Method('CE')))} %")
 
-    print("\nRegularization samples of KD, in % of the images of all epochs, and test accuracy in %\n")
-    print(f"{'smoothing':>9}{'T':>4}{'share':>16}" + "".join(f"{loss:>16}" for loss in LOSSES))
+    print("\nTest accuracy in %\n")
+    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{loss:>16}" for loss in LOSSES))
     for T, smoothing in product(temperatures, smoothings):
-        cells = [results.share(Method("KD", smoothing, T))]
-        cells += [results.accuracy(Method(loss, smoothing, T)) for loss in LOSSES]
-        print(f"{smoothing:9g}{T:4g}" + "".join(f"{show(cell):>16}" for cell in cells))
+        cells = [results.accuracy(Method(loss, smoothing, T)) for loss in LOSSES]
+        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell):>16}" for cell in cells))
 
     print("\nDifferences in test accuracy within a seed, in points\n")
-    print(f"{'smoothing':>9}{'T':>4}" + "".join(f"{' - '.join(pair):>18}" for pair in PAIRS))
+    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{' - '.join(pair):>18}" for pair in PAIRS))
     for T, smoothing in product(temperatures, smoothings):
         values = [results.difference(*pair, smoothing, T) for pair in PAIRS]
-        print(f"{smoothing:9g}{T:4g}" + "".join(f"{show(value, 2, '+'):>18}" for value in values))
+        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(value, 2, '+'):>18}" for value in values))
+
+    print("\nRegularization samples of KD, in % of the images of all epochs\n")
+    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{kind:>18}" for kind in KINDS))
+    for T, smoothing in product(temperatures, smoothings):
+        cells = results.kinds(Method("KD", smoothing, T)).values()
+        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell):>18}" for cell in cells))
 
     if len(smoothings) > 1:
-        print("\nKD under smoothed teachers: within a seed, against no smoothing, or the least of it\n")
-        print(f"{'smoothing':>9}{'T':>4}{'share, points':>18}{'accuracy, points':>18}")
+        print(f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n")
+        print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{name:>18}" for name in (*KINDS, "accuracy")))
         for T, smoothing in product(temperatures, smoothings[1:]):
             a, b = Method("KD", smoothing, T), Method("KD", smoothings[0], T)
-            share, accuracies = results.share(a) - results.share(b), results.accuracy(a) - results.accuracy(b)
-            print(f"{smoothing:9g}{T:4g}{show(share, 2, '+'):>18}{show(accuracies, 2, '+'):>18}")
+            cells = [one - other for one, other in zip(results.kinds(a).values(), results.kinds(b).values())]
+            cells.append(results.accuracy(a) - results.accuracy(b))
+            print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell, 2, '+'):>18}" for cell in cells))
 
 
 def save_counts(path: Path, results: Results, options: Row) -> None:
-    """The share of regularization samples by epoch, one panel a temperature, then accuracy against that share."""
+    """Regularization samples by epoch, one panel a temperature; then accuracy against their share (both kinds, one)."""
     smoothings, temperatures = options["smoothings"], options["temperatures"]
     shades = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(smoothings)).numpy())
-    panels = len(temperatures) + 1
+    panels = len(temperatures) + 2
     figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3.8), layout="constrained")
     for axis, T in zip(axes, temperatures):
         for shade, smoothing in zip(shades, smoothings):
@@ -256,15 +273,17 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
     axes[0].set_ylabel("regularization samples (% of images)")
     axes[0].legend(title="label smoothing\nof the teacher", fontsize=8, title_fontsize=8)
 
-    for marker, T in zip("os^Dv<>p*hX", temperatures):
-        for shade, smoothing in zip(shades, smoothings):
-            method = Method("KD", smoothing, T)
-            (x, dx), (y, dy) = map(confidence_interval, (results.share(method), results.accuracy(method)))
-            axes[-1].errorbar(x, y, dy, dx, color=shade, marker=marker, capsize=2)
-        axes[-1].plot([], [], marker, color="black", label=f"T = {T:g}")
-    axes[-1].set_title("KD", fontsize=10)
-    axes[-1].set_xlabel("regularization samples (% of images)")
-    axes[-1].set_ylabel("test accuracy (%)")
+    for axis, kind in zip(axes[-2:], KINDS):
+        for marker, T in zip("os^Dv<>p*hX", temperatures):
+            for shade, smoothing in zip(shades, smoothings):
+                method = Method("KD", smoothing, T)
+                values = results.kinds(method)[kind], results.accuracy(method)
+                (x, dx), (y, dy) = map(confidence_interval, values)
+                axis.errorbar(x, y, dy, dx, color=shade, marker=marker, capsize=2)
+            axis.plot([], [], marker, color="black", label=f"T = {T:g}")
+        axis.set_title(f"KD, {kind} kinds" if kind == "both" else f"KD, {kind}", fontsize=10)
+        axis.set_xlabel("regularization samples (% of images)")
+        axis.set_ylabel("test accuracy (%)")
     axes[-1].legend(fontsize=8)
     finish(figure, path, results, options)
 

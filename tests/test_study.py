@@ -121,13 +121,15 @@ def test_regularization_samples_writes_a_row_for_every_seed_loss_and_epoch(
     for row in students:
         assert float(row["share"]) == pytest.approx(int(row["regularization_samples"]) / 120, abs=1e-4)
         assert 0 < float(row["weight"]) < 1
+        above, share = float(row["share_above"]), float(row["share"])
+        assert above == share if row["temperature"] == "1" else above <= share
         assert (row["test_accuracy"] != "") == (row["epoch"] == "2")
     assert sum(int(row["regularization_samples"]) for row in students) > 0
 
     last = [row for row in students if (row["smoothing"], row["temperature"], row["epoch"]) == ("0.1", "4", "2")]
     accuracies = {(row["seed"], row["loss"]): float(row["test_accuracy"]) for row in last}
     differences = [accuracies[seed, "WSL"] - accuracies[seed, "KD"] for seed in "01"]
-    (line,) = re.findall(r"^ +0\.1 +4 .*$", printed.split("within a seed")[1], re.MULTILINE)[:1]
+    (line,) = re.findall(r"^ 4 +0\.1 .*$", printed.split("within a seed")[1], re.MULTILINE)[:1]
     assert numbers(line)[2][0] == pytest.approx(sum(differences) / 2, abs=0.011)
 
 
