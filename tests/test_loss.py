@@ -37,6 +37,18 @@ def problem(shape, *, seed=0, scale=3.0, dtype=torch.float32, probabilities=Fals
 # --- right on every input ---
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_float64_gradient_beside_ignored_elements_keeps_its_digits(reduction):
+    """A scale of bools times a Python float would be float32."""
+    student, teacher, target = problem((30, 7), dtype=torch.float64, ignored=True)
+    upstream = torch.linspace(0.1, 1.7, 30, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
+    found, expected = (
+        step(loss, student, teacher, target, upstream=upstream, reduction=reduction)[1]
+        for loss in (wsl_loss, reference.wsl_loss)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("temperature", [1, 2, 3.3, 4.0])
 @pytest.mark.parametrize("probabilities", [False, True])

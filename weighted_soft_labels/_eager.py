@@ -342,7 +342,7 @@ def _tiles(
     if upstream is not None:
         scale = (_without_classes(upstream, class_last) if upstream.dim() else upstream) * scale
     if kept is not None:
-        scale = kept * scale
+        scale = kept.to(dtype) * scale  # of bool and float, torch would make float32
 
     loss = torch.empty((logits.shape[0], 1, *logits.shape[2:]), dtype=dtype)
     gradient = torch.empty(logits.shape, dtype=student.dtype) if with_gradient else None
