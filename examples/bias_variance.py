@@ -12,8 +12,8 @@ each part students are trained with
     WSL  CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
 
 the latter two at several temperatures T. The M students of a loss tell its bias and variance on every test image. Each
-student has a teacher of its own, a network four times as wide that was trained on the same part: what soft labels do to
-it is then not that they tell of other images. `--shared-teacher` trains one teacher on all parts together instead,
+student has a teacher of its own, a network three times as wide that was trained on the same part: what soft labels do
+to it is then not that they tell of other images. `--shared-teacher` trains one teacher on all parts together instead,
 which is how distillation is mostly used.
 
 With M models the variance comes out too small by about a factor of 1 - 1/M, and the bias too large by as much.
@@ -203,10 +203,18 @@ def print_report(rows: list[Row], options: Row) -> None:
         print(f"{show(difference, 2, '+'):>16}")
 
     print("\nTest images, in %, by what became of them from CE to the other loss\n")
-    print(f"{'bias, variance':14}{'up, down':>18}{'up, up':>18}{'down, down':>18}{'down, up':>16}")
+    print(f"{'bias, variance':14}{'up, down':>18}{'up, up':>18}{'down, down':>18}{'down, up':>18}")
     for method in methods_of(last)[1:]:
-        cells = [show(100 * column(last, name, **method._asdict()), 1) for name in TRADES]
-        print(f"{title(method):14}" + "".join(f"{cell:>18}" for cell in cells[:3]) + f"{cells[3]:>16}")
+        print_trades(title(method), last, method)
+    method = Method("KD", shown(options["temperatures"]))
+    print(f"\nThe same of {title(method)} by epoch\n")
+    for epoch in sorted({row["epoch"] for row in rows}):
+        print_trades(f"epoch {epoch:g}", [row for row in rows if row["epoch"] == epoch], method)
+
+
+def print_trades(name: str, rows: list[Row], method: Method) -> None:
+    cells = [show(100 * column(rows, trade, **method._asdict()), 1) for trade in TRADES]
+    print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells))
 
 
 def methods_of(rows: list[Row]) -> list[Method]:
@@ -244,6 +252,7 @@ def save_figure(path: Path, rows: list[Row], options: Row) -> None:
         for axis in (above, below):
             axis.set_ylabel(LABELS[measure])
             axis.legend(fontsize=8)
+        above.set_yscale("log")
         above.xaxis.set_major_locator(MaxNLocator(integer=True))
         above.set_xlabel(f"epoch (KD and WSL: T = {temperature:g})")
         below.set_xlabel("temperature")

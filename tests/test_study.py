@@ -101,7 +101,8 @@ def test_bias_variance_writes_a_row_for_every_seed_loss_and_epoch(finished: dict
 
     for loss, T in methods:
         title = f"{loss}, T = {T}" if T else loss
-        (line,) = (line for line in printed.splitlines() if line.startswith(f"{title} ") and " - " not in line[:14])
+        lines = printed.split("Differences within")[0].splitlines()
+        (line,) = (line for line in lines if line.startswith(f"{title:14}"))
         of = [row for row in rows if (row["loss"], row["temperature"], row["epoch"]) == (loss, T, "2")]
         for name, (mean, half) in zip(("bias", "variance", "nll"), numbers(line)):
             a, b = (float(row[name]) for row in of)
@@ -353,3 +354,39 @@ def test_interval_is_student_s() -> None:
 def test_one_seed_has_no_interval() -> None:
     with pytest.raises(study.Refusal, match="at least two seeds, and 1 is finished"):
         study.count_seeds([{"seed": 3.0}, {"seed": 3.0}])
+
+
+# --- the study ---
+
+STUDY = EXAMPLES / "STUDY.md"
+
+
+def test_the_page_prints_what_the_tables_say_and_shows_their_figures(tmp_path: Path) -> None:
+    page = STUDY.read_text()
+    reports = []
+    for described in (EXAMPLES / "results").rglob("*.json"):
+        shutil.copytree(described.parent, tmp_path / described.parent.name, dirs_exist_ok=True)
+        done = run(tmp_path, described.with_suffix(".py").name, "--report", "--out", described.parent.name)
+        assert done.returncode == 0, done.stderr
+        reports.append(done.stdout)
+    printed = re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(printed) >= 6
+    for block in printed:
+        assert any(block in report for report in reports), block
+
+    linked = re.findall(r"\((results/[^)]+)\)", page)
+    assert len([name for name in linked if name.endswith(".png")]) >= 4
+    for name in linked:
+        assert (EXAMPLES / name).exists(), name
+
+
+def test_the_study_has_the_seeds_and_the_images_that_its_page_names() -> None:
+    page = STUDY.read_text()
+    for path in (EXAMPLES / "results").rglob("*.json"):
+        described = json.loads(path.read_text())
+        seeds = {row["seed"] for row in table(path.with_suffix(".csv"))}
+        assert len(seeds) == described["seeds"] >= 10
+        assert (described["dataset"], described["train_images"]) == ("fashion-mnist", 10000)
+        assert f"{described['seeds']} seeds" in page
+        assert described["torch"].split("+")[0] in page
+        assert described["device"] in page
