@@ -294,7 +294,7 @@ def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, epochs=50, teacher_epochs=50, seeds=6, out="runs/bias_variance")
+    parser = make_parser(__doc__, epochs=50, teacher_epochs=50, seeds=4, out="runs/bias_variance")
     option = parser.add_argument
     option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0, 8.0], metavar="T", help="(1 2 4 8)")
     option("--models", type=integer_from(2), default=4, metavar="M", help="parts of the training set, >= 2 (4)")

@@ -330,7 +330,7 @@ def share(text: str) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, epochs=20, teacher_epochs=20, seeds=6, out="runs/regularization_samples")
+    parser = make_parser(__doc__, epochs=20, teacher_epochs=20, seeds=4, out="runs/regularization_samples")
     option = parser.add_argument
     option("--smoothings", type=share, nargs="+", default=[0.0, 0.1, 0.2], metavar="S", help="of teachers (0 0.1 0.2)")
     option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0], metavar="T", help="(1 2 4)")
