@@ -325,7 +325,7 @@ def loss_rows(shape: Shape, dtype: torch.dtype, device: str, seconds: float) -> 
             "time_over_cross_entropy": round(median[provider] / median["cross_entropy"], 2),
             "ideal_bytes": ideal_tensors(provider) * size,
             "gb_per_s": round(speed[provider], 1),
-            "share_of_copy": round(speed[provider] / speed["copy"], 3),
+            "share_of_copy": float(f"{speed[provider] / speed['copy']:.3g}"),
             "peak_logits": round(peak_bytes(step, student, device) / size, 2),
             "kernels": kernels(step) if device == "cuda" else "",
             "host_us": round(1e6 * host_seconds(step), 1) if device == "cuda" else "",
