@@ -234,6 +234,8 @@ def main_of_a_process(out: Path) -> None:
     results = {kind: train_recorded(kind, out, **IN_PARTS, **EVEN) for kind in KINDS}
     if os.environ["RANK"] == "0":
         torch.save(results, out / "results.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter, which aborts then
 
 
 @pytest.fixture(scope="module")

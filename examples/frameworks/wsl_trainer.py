@@ -337,6 +337,8 @@ def distil(options: Options, args: TrainingArguments) -> None:
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
     report("student", trainer)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # of a process group left open, threads may abort a process that ends
 
 
 def main() -> None:
