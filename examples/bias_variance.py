@@ -162,7 +162,7 @@ def make_samples(args: argparse.Namespace, task: Task, found: dict[Method, Measu
     return {name: values.cpu() for name, values in columns.items()}
 
 
-def make_tables(args: argparse.Namespace, results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str, list[Row]]:
+def make_tables(results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str, list[Row]]:
     """The samples are means over the seeds."""
     samples = {name: torch.stack([found[name] for _, found in results]) for name in results[0][1]}
     labels = samples.pop("label")[0].tolist()

@@ -77,8 +77,6 @@ LOSSES = ("KD", "dropped", "uniform", "WSL")
 KINDS = ("both", "above", "far below")  # of regularization samples
 PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
 COLORS = {**digits.COLORS, "dropped": "#009e73", "uniform": "#cc79a7"}
-
-
 COLUMNS = ("regularization_samples", "share", "share_above", "weight", "test_accuracy", "test_nll")
 
 
@@ -172,7 +170,7 @@ def make_row(seed: int, method: Method, epoch: int, *measured: Row) -> Row:
     return row
 
 
-def make_tables(args: argparse.Namespace, results: list[list[Row]]) -> dict[str, list[Row]]:
+def make_tables(results: list[list[Row]]) -> dict[str, list[Row]]:
     return {"regularization_samples": [row for rows in results for row in rows]}
 
 

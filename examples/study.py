@@ -311,7 +311,7 @@ def make_parser(doc: str, *, epochs: int, teacher_epochs: int, seeds: int, out: 
 def run(
     args: argparse.Namespace,
     replicate: Callable[[argparse.Namespace, int], Result],
-    tables: Callable[[argparse.Namespace, list[Result]], dict[str, list[Row]]],
+    tables: Callable[[list[Result]], dict[str, list[Row]]],
     report: Callable[[Path, Row], None],
 ) -> None:
     """Train unless only a report was asked for, then report; what has to be refused is, in one line.
@@ -337,7 +337,7 @@ def train(
     args: argparse.Namespace,
     described: Path,
     replicate: Callable[[argparse.Namespace, int], Result],
-    tables: Callable[[argparse.Namespace, list[Result]], dict[str, list[Row]]],
+    tables: Callable[[list[Result]], dict[str, list[Row]]],
 ) -> None:
     if described.exists():
         raise Refusal(f"{str(args.out)!r} holds results: --report shows them; choose another --out for new ones")
@@ -347,6 +347,6 @@ def train(
     start, results = time.perf_counter(), {}
     for seed, result in run_seeds(replicate, args):
         results[seed] = result
-        for name, rows in tables(args, [results[seed] for seed in sorted(results)]).items():
+        for name, rows in tables([results[seed] for seed in sorted(results)]).items():
             write_table(args.out / f"{name}.csv", rows)
         write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
