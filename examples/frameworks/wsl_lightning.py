@@ -16,9 +16,10 @@ Lightning warns of modules in eval mode when training starts: the teacher's, as 
 training data whether the loader does or not, and gradients are means over processes, whatever each of them ignores. To
 resume from within an epoch it begins the epoch's data anew, and it restores no random numbers.
 
-Measured with the defaults, seeds 0 to 4, on 2 cores of an AMD EPYC (torch 2.14.1, lightning 2.6.6), in 12 to 17 s a run
-beside other programs; test accuracy in %, mean +- standard deviation: teacher 99.05 +- 0.22, student 95.43 +- 0.77. The
-student alone: 92.82 +- 1.25; at a learning rate of 0.3, the better one of two others tried for it, 93.50 +- 0.58.
+Measured with --seed 0 to 4 (n = 5) on 2 cores of an AMD EPYC, torch 2.14.1, lightning 2.6.6; test accuracy in %, mean
++- standard deviation: teacher 99.05 +- 0.22, student 95.43 +- 0.77, the student alone (--alpha 0) 92.82 +- 1.25. Both
+at the script's learning rate; alone, the student gets better with a larger one, but in what was tried not as good as
+with WSL.
 """
 
 from __future__ import annotations

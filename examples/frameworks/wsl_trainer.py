@@ -24,8 +24,7 @@ BertForSequenceClassification in N accumulated parts or processes has a gradient
 The sentence pairs are generated, in the manner of MultiNLI but far from its difficulty: "a red ball is near a blue box"
 entails "the ball is red", contradicts "the ball is blue" and leaves "the cup is red" open. A BERT of two layers is
 trained as the teacher, then one of a single layer learns from it. Measured with --seed 0 to 4 (n = 5) on 2 cores of an
-AMD EPYC, torch 2.14.1, transformers 5.24.0, 37 s of one core a run; accuracy on the 1000 test pairs in %, mean +-
-standard deviation:
+AMD EPYC, torch 2.14.1, transformers 5.24.0; accuracy on the 1000 test pairs in %, mean +- standard deviation:
 
     teacher   82.9 +- 9.2
     alone     62.3 +- 4.1        --alpha 0
