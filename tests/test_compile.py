@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -150,36 +149,5 @@ def test_cold_compilation_as_the_first_thing_a_process_does():
         student = torch.randn(4, 5, requires_grad=True)
         torch.compile(wsl_loss, fullgraph=True)(student, torch.randn(4, 5), torch.tensor([0, 1, 2, 3])).backward()
         assert student.grad.isfinite().all()
-    """)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_gpu_branch_is_one_graph_of_our_kernels(dynamic, dtype):
-    """The compiler traces tensors that only claim to be on a GPU, so this part needs none."""
-    run = run_python(f"""
-        import torch, torch.utils._triton
-        from torch._subclasses.fake_tensor import FakeTensorMode
-        torch.utils._triton.has_triton = lambda *a, **k: True  # it looks for a device
-        from weighted_soft_labels import wsl_loss
-        kernels = []
-        class Captured(Exception): pass
-        def backend(graph, inputs):
-            for name, module in graph.named_modules():
-                names = [str(node.target) for node in module.graph.nodes]
-                kernels.append((name, sum("triton_kernel" in name for name in names)))
-            def stop(*inputs): raise Captured
-            return stop
-        with FakeTensorMode():
-            student = torch.empty(8, 10, device="cuda", dtype=torch.{dtype}, requires_grad=True)
-            target = torch.empty(8, device="cuda", dtype=torch.long)
-            try:
-                torch.compile(wsl_loss, fullgraph=True, dynamic={dynamic}, backend=backend)(student, student, target)
-            except Captured:
-                pass
-        # counting the labels and the loss; the gradient
-        assert kernels == [("", 0), ("fwd_body_0", 2), ("bwd_body_0", 1)], kernels
     """)
     assert run.returncode == 0, run.stderr

@@ -41,7 +41,6 @@ def kernels(monkeypatch):
         return _triton
 
     monkeypatch.setattr(loss_module, "implementation", implementation)
-    monkeypatch.setattr("weighted_soft_labels.analysis.implementation", implementation)
 
 
 def on_device(*tensors):

@@ -101,7 +101,7 @@ def test_uint8_target_is_not_taken_for_the_default_ignore_index():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_and_their_remainders(shape, dtype, monkeypatch):
     whole = wsl_terms(*problem(shape, dtype=dtype))
-    monkeypatch.setattr(_eager, "TILE", 64)
+    monkeypatch.setattr(_eager, "BLOCK", 64)
     assert_as_reference(*problem(shape, ignored=True, dtype=dtype))
     assert_as_reference(*problem(shape, probabilities=True, dtype=dtype), reduction="sum")
     torch.testing.assert_close(wsl_terms(*problem(shape, dtype=dtype)), whole)
@@ -466,17 +466,16 @@ def test_inputs_are_never_written():
             torch.testing.assert_close(tensor, copied, rtol=0, atol=0)
 
 
-def test_logits_changed_in_place_after_the_loss_do_no_harm_or_raise():
+def test_logits_changed_in_place_after_the_loss_do_no_harm():
     student, teacher, target = problem((6, 10))
     _, expected = step(wsl_loss, student, teacher, target)
     leaf = student.requires_grad_()
     logits = leaf * 1.0
     loss = wsl_loss(logits, teacher, target)
     logits.detach().zero_()
-    loss.backward(retain_graph=True)
-    torch.testing.assert_close(leaf.grad, expected)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
 
 
 def test_autocast_changes_nothing():
@@ -603,56 +602,6 @@ def test_trailing_dimensions_are_more_rows(seed, probabilities):
     flat_loss, flat_gradient = step(wsl_loss, *flat)
     torch.testing.assert_close(loss, flat_loss)
     torch.testing.assert_close(gradient.movedim(1, -1).reshape(-1, 6), flat_gradient)
-
-
-# --- whole tensors at once: what a device without kernels runs ---
-
-
-@pytest.fixture
-def plain_operators(monkeypatch):
-    monkeypatch.setattr(_eager, "_tiled", lambda student: False)
-
-
-@pytest.mark.usefixtures("plain_operators")
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
-def test_plain_operators(reduction, kind, temperature):
-    for shape, dtype in (((8, 10), torch.float32), ((3, 6, 5), torch.float16), ((4, 7), torch.float64)):
-        inputs = problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored", dtype=dtype)
-        for label_smoothing in (0.0, 0.1, 1.0):
-            options = {"reduction": reduction, "temperature": temperature, "label_smoothing": label_smoothing}
-            assert_as_reference(*inputs, **options)
-    assert_as_reference(*problem((5,), probabilities=kind == "probabilities"), reduction=reduction, hard_weight=0.0)
-    assert_as_reference(*problem((2, 5)), reduction=reduction, alpha=0.0)
-
-
-@pytest.mark.usefixtures("plain_operators")
-def test_plain_operators_on_difficult_rows():
-    student = torch.tensor([[0, -INF, 1.0], [0, -INF, 1], [NAN, 0, 0], [NAN, 0, 0], [1e30, -1e30, 0], [30, 0, 0]])
-    teacher = torch.tensor([[1.0, -INF, 0], [1, 0.5, 0], [0, 0, 0], [0, 0, 0], [0, -1e30, 1e30], [31, 0, 0]])
-    target = torch.tensor([0, 0, 1, -100, 0, 0])
-    assert_as_reference(student, teacher, target, reduction="none")
-    target[5] = 3
-    loss, gradient = step(wsl_loss, student, teacher, target, reduction="none")
-    assert loss.isnan().tolist() == [False, False, True, False, False, True]
-    assert gradient[5].isnan().any()
-    assert gradient[3].eq(0).all()
-    assert wsl_loss(student[:0], teacher[:0], target[:0]).isnan()
-
-
-@pytest.mark.usefixtures("plain_operators")
-def test_plain_operators_keep_a_retained_graph_and_need_no_data():
-    student, teacher, target = problem((6, 10))
-    _, expected = step(wsl_loss, student, teacher, target)
-    student.requires_grad_()
-    loss = wsl_loss(student, teacher, target)
-    for factor in (1.0, 3.0):
-        (gradient,) = torch.autograd.grad(loss * factor, student, retain_graph=True)
-        torch.testing.assert_close(gradient, factor * expected)
-    torch.testing.assert_close(torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student.detach()), expected)
-    shapes = [tensor.to("meta") for tensor in (student.detach(), teacher, target)]
-    assert step(wsl_loss, *shapes)[1].shape == student.shape
 
 
 # --- the module ---

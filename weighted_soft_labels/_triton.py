@@ -570,65 +570,55 @@ def _count_kernel(target, counted, size, ignore_index, PARTS: tl.constexpr):
 
 
 def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool
-) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
-    """The reduced loss, its gradient for an incoming gradient of 1 if one is to be expected, and what `backward` needs.
-
-    Without a reduction the incoming gradient is hardly ever 1, and to scale every row moves as much as to begin anew.
-    """
-    ahead = with_gradient and options.reduction != "none"
-    loss = student.new_empty(_row_shape(student), dtype=torch.float32)
-    gradient = torch.empty_like(_flat(student)) if ahead else None
-    state = None if ahead else student.new_empty((7, *loss.shape), dtype=torch.float32)
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The reduced loss; without a gradient to fill for an incoming gradient of 1, also what `backward` needs."""
+    loss = student.new_empty(_rows(student), dtype=torch.float32)
+    state = student.new_empty((7, *loss.shape), dtype=torch.float32) if gradient is None else None
     _launch_forward(student, teacher, target, options, loss, gradient, state)
-    if options.reduction != "none":
-        loss = loss.sum()  # of shares in the mean, where it is one
-        if options.reduction == "mean" and _elements(student) == 0:
-            loss = loss * math.nan
-    return loss, None if gradient is None else gradient.view(student.shape), () if state is None else (state,)
+    if options.reduction == "none":
+        return loss, state
+    total = loss.sum()  # of shares in the mean, where it is one
+    return total * math.nan if options.reduction == "mean" and loss.numel() == 0 else total, state
 
 
 def backward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    state: tuple[Tensor, ...],
+    state: Tensor | None,
     upstream: Tensor,
     options: Options,
-) -> Tensor:
-    """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    if not state:
-        state = forward(student, teacher, target, options, False)[2]
-    gradient = torch.empty_like(_flat(student))
+    gradient: Tensor,
+) -> None:
+    """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
+    if state is None:
+        state = forward(student, teacher, target, options, None)[1]
     launch = _launch(student, teacher, target, gradient)
     if launch.programs:
-        upstream = _flat_rows(upstream)
+        upstream_strides = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
         with _device(student):
             _backward_kernel[(launch.programs,)](
-                *launch.tensors, state[0], upstream, launch.classes, launch.rows, *launch.strides,
-                *_row_strides(upstream),
-                options.ignore_index, *_scalars(student, options),
+                *launch.tensors, state, upstream, launch.classes, launch.rows, *launch.strides,
+                upstream_strides[0], upstream_strides[2], options.ignore_index, *_scalars(student, options),
                 TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
-                SMOOTHING=_flag(options.label_smoothing > 0), **launch.constants,
+                SMOOTHING=options.label_smoothing > 0, **launch.constants,
             )  # fmt: skip
-    return gradient.view(student.shape)
 
 
-def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Student CE, teacher CE, weight and soft term of every element; 0 where it is ignored."""
-    found = student.new_empty((4, *_row_shape(student)), dtype=torch.float32)
+def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
+    """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
+    found = student.new_empty((4, *_rows(student)), dtype=torch.float32)
     _launch_forward(student, teacher, target, options, numbers=found)
-    student_ce, teacher_ce, weight, soft = found.unbind(0)
-    return student_ce, teacher_ce, weight, soft
+    return found
 
 
-def scale_(gradient: Tensor, upstream: Tensor) -> Tensor:
+def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
     size = gradient.numel()
     if size:
         with _device(gradient):
             _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
-    return gradient
 
 
 def _launch_forward(
@@ -648,7 +638,7 @@ def _launch_forward(
         unused if numbers is None else numbers,
     )
     key = None
-    if student.dim() == 2 and not torch.compiler.is_compiling() and not _misaligned(student, teacher, target):
+    if student.shape[0] == 1 and not _misaligned(student, teacher, target):
         key = (
             student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype,
             target.stride(), target.dtype, student.device, options, gradient is None, loss is None, numbers is None,
@@ -665,12 +655,12 @@ def _launch_forward(
         mode, counted, scale = (0, None, 1.0) if loss is None else _count(student, target, options)
         scalars = (
             launch.classes, launch.rows, *launch.strides, options.ignore_index, *_scalars(student, options),
-            float(options.hard_weight), float(options.alpha * options.temperature**2),
-            float(options.alpha * options.temperature), float(options.label_smoothing), scale,
+            options.hard_weight, options.alpha * options.temperature**2, options.alpha * options.temperature,
+            options.label_smoothing, scale,
         )  # fmt: skip
         constants = {
             "TEMPERATURE": _special(options.temperature), "PROBABILITIES": target.is_floating_point(),
-            "SMOOTHING": _flag(options.label_smoothing > 0), "COUNT": mode, "PARTS": PARTS,
+            "SMOOTHING": options.label_smoothing > 0, "COUNT": mode, "PARTS": PARTS,
             "GRADIENT": gradient is not None, "STATE": numbers is not None and loss is not None,
             "TERMS": loss is None, "ONE_BLOCK": launch.one_block, **launch.constants,
         }  # fmt: skip
@@ -709,10 +699,9 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
     if options.reduction != "mean":
         return 0, None, 1.0
     if target.is_floating_point():
-        return 0, None, 1 / _elements(student)
-    # 1024 labels are read in no time, and counting them on the spot saves a launch. The compiler, for which a branch
-    # on the batch size would be a reason to compile twice, does without.
-    if student.dim() == 2 and not torch.compiler.is_compiling() and student.shape[0] <= 1024:
+        return 0, None, 1 / _rows(student).numel()
+    # 1024 labels are read in no time, and counting them on the spot saves a launch.
+    if student.shape[0] == 1 and student.shape[2] <= 1024:
         return 1, None, 1.0
     counted = student.new_empty(PARTS, dtype=torch.int32)
     labels = target.reshape(-1).contiguous()
@@ -741,21 +730,18 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
     also carry statistics from block to block, 16, and 8 with a target of probabilities beside them; then 16 warps fill
     a multiprocessor, so that few rows are on their way and the second pass finds its row in the L2 cache.
     """
-    student, teacher = _flat(student), _flat(teacher)
-    gradient = student if gradient is None else _flat(gradient)
+    gradient = student if gradient is None else gradient
     probabilities = target.is_floating_point()
-    target = _flat(target) if probabilities else _flat_rows(target)
-    classes, batches, rows = _extent(student)
-    operands = [_strides(student), _strides(teacher), _strides(gradient)]
+    batches, classes, rows = student.shape
+    if rows == 1:
+        batches, rows = 1, batches
+    operands = [_strides(logits, student) for logits in (student, teacher, gradient)]
+    target_strides = _strides(target if probabilities else target[:, None], student)
     if probabilities:
-        target_strides = _strides(target)
         operands.append(target_strides)
-    else:
-        batch_stride, row_stride = _row_strides(target)
-        target_strides = batch_stride, 1, row_stride
     unit = 16 // min(student.element_size(), teacher.element_size())  # elements in 16 bytes
 
-    pixels = _flag(operands[0][1] != 1 and operands[0][2] == 1)
+    pixels = rows > 1 and operands[0][1] != 1 and operands[0][2] == 1
     edges = 0
     if pixels:
         # Each lane takes 16 bytes of neighbours and walks through the classes by itself: sums over them need no
@@ -778,8 +764,8 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
         "ROWS": rows_block, "CLASSES": classes_block, "ALIGN": align, "PIXELS": pixels, "EDGES": edges,
         "num_warps": 1 if warps < 1 else warps,
     }  # fmt: skip
-    if pixels and torch.version.hip is None and not torch.compiler.is_compiling():
-        # Left to itself the assembler may spill a register to fit one program more. The compiler has no such option.
+    if pixels and torch.version.hip is None:
+        # Left to itself the assembler may spill a register to fit one program more.
         constants["maxnreg"] = 255
     return _Launch(
         batches * -(-rows // rows_block),
@@ -787,67 +773,25 @@ def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor |
         classes,
         rows,
         (*operands[0], *operands[1], *target_strides, *operands[2]),
-        _flag(classes <= classes_block),
+        classes <= classes_block,
         constants,
     )
 
 
-def _flat(logits: Tensor) -> Tensor:
-    """View logits as (N, C, D). Only trailing dimensions that no single stride can walk are copied, in their order."""
-    return logits.flatten(2) if logits.dim() > 3 else logits
+def _rows(logits: Tensor) -> torch.Size:
+    return logits.shape[:1] + logits.shape[2:]
 
 
-def _flat_rows(rows: Tensor) -> Tensor:
-    """View one entry an element as (N, D)."""
-    return rows.flatten(1) if rows.dim() > 2 else rows
-
-
-def _row_shape(logits: Tensor) -> torch.Size:
-    return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
-
-
-def _elements(logits: Tensor) -> int:
-    return _row_shape(logits).numel()
-
-
-def _extent(flat: Tensor) -> tuple[int, int, int]:
-    """Classes, batches and rows of a batch: (N, C) is one batch of N rows, (N, C, D) is N batches of D rows."""
-    if flat.dim() == 1:
-        return flat.shape[0], 1, 1
-    if flat.dim() == 2 or flat.shape[2] == 1:
-        return flat.shape[1], 1, flat.shape[0]
-    return flat.shape[1], flat.shape[0], flat.shape[2]
-
-
-def _strides(flat: Tensor) -> tuple[int, int, int]:
-    """Of batch, class and row, for the same reading as in `_extent`."""
-    strides = flat.stride()
-    if len(strides) == 1:
-        return 0, strides[0], 0
-    if len(strides) == 2 or flat.shape[2] == 1:
-        return 0, strides[1], strides[0]
-    n, classes, across = strides
-    return n, classes, across
-
-
-def _row_strides(rows: Tensor) -> tuple[int, int]:
-    """Of batch and row, for one entry an element; a scalar stands for all of them."""
-    if rows.dim() == 0:
-        return 0, 0
-    if rows.dim() == 1 or rows.shape[1] == 1:
-        return 0, rows.stride(0)
-    return rows.stride(0), rows.stride(1)
+def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
+    """Of batch, class and row; (B, C, 1) is read as one batch of B rows."""
+    b, c, r = tensor.stride()
+    return (0, c, b) if student.shape[2] == 1 else (b, c, r)
 
 
 def _scalars(student: Tensor, options: Options) -> tuple[float, float, float]:
     """`inverse`, `uniform`, `q_scale`: 1 / T, and of the hard gradient, hard_weight * (p - q_smoothed)."""
     smoothed = options.hard_weight * options.label_smoothing
-    classes = _extent(student)[0]
-    return 1 / options.temperature, smoothed / classes, float(options.hard_weight - smoothed)
-
-
-# The compiler may hand over sizes and options as symbols. What a kernel is compiled for must be a number: only the
-# outcome of an `if` is one.
+    return 1 / options.temperature, smoothed / student.shape[1], options.hard_weight - smoothed
 
 
 def _special(temperature: float) -> int:
@@ -855,10 +799,6 @@ def _special(temperature: float) -> int:
     if temperature == 1:
         return 1
     return 2 if temperature == 2 else 0
-
-
-def _flag(condition: bool) -> bool:
-    return True if condition else False  # noqa: SIM210
 
 
 def _power_of_2(size: int, largest: int) -> int:
@@ -886,6 +826,6 @@ def _alike(operands: list[tuple[int, int, int]], unit: int) -> bool:
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.is_cuda and not torch.compiler.is_compiling() and tensor.device.index != torch.cuda.current_device():
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
         return torch.cuda.device(tensor.device)
     return nullcontext()

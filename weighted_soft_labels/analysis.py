@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weighted_soft_labels.loss import DTYPES, Options, check_options, check_tensors, implementation
+from weighted_soft_labels.loss import DTYPES, Options, check_options, check_tensors
 
 __all__ = ["BiasVariance", "WSLTerms", "bias_variance", "regularization_samples", "wsl_terms"]
 
@@ -75,11 +75,12 @@ def wsl_terms(
         >>> terms.weight  # a student that equals its teacher: 1 - 1/e
         tensor([0.6321, 0.6321])
     """
-    options = Options(temperature=temperature, ignore_index=ignore_index)
-    check_options(options)
+    options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
-    terms = implementation(student_logits, teacher_logits).terms(student_logits, teacher_logits, target, options)
-    return WSLTerms(*(term.float() for term in terms))
+    terms = torch.ops.weighted_soft_labels.terms(
+        student_logits, teacher_logits, target, options.temperature, options.ignore_index
+    )
+    return WSLTerms(*terms.float().unbind(0))
 
 
 @torch.no_grad()
@@ -141,8 +142,9 @@ def regularization_samples(
         >>> regularization_samples(student_logits, teacher_logits, torch.tensor([0, 0]))
         tensor([ True, False])
     """
-    check_options(Options(temperature=temperature, ignore_index=ignore_index))
+    options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
+    temperature, ignore_index = options.temperature, options.ignore_index
     student, teacher = _classes_last(student_logits), _classes_last(teacher_logits)
     classes = student.shape[-1]
 

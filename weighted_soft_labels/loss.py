@@ -1,10 +1,14 @@
-"""The public loss: checks, the choice of an implementation, and the one autograd boundary."""
+"""The public loss: checks, the operators with the one autograd boundary around them, the choice of an implementation.
+
+Three operators, `weighted_soft_labels::forward`, `::backward` and `::terms`, are all that compiled, exported or traced
+code sees. Inside, logits have one shape, (B, C, R) with any strides, and labels (B, R).
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 from importlib.util import find_spec
-from numbers import Real
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -17,7 +21,6 @@ from weighted_soft_labels import _eager
 __all__ = ["WSLLoss", "wsl_loss"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_REDUCTIONS = ("mean", "sum", "none")
 
 
 class Options(NamedTuple):
@@ -96,14 +99,20 @@ def wsl_loss(
         >>> print(f"{loss.item():.4f}")
         24.7993
     """
-    options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
-    check_options(options)
+    options = check_options(Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction))
     check_tensors(student_logits, teacher_logits, target)
-    function = _TransformableWSL if not torch.compiler.is_compiling() and _under_transform() else _WSL
     # Nothing of the teacher's graph, or of a learned target's, is kept alive by the loss.
     teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     target = target.detach() if target.requires_grad else target
-    loss: Tensor = function.apply(student_logits, teacher_logits, target, options)
+    if torch.compiler.is_compiling():
+        loss, _ = torch.ops.weighted_soft_labels.forward(student_logits, teacher_logits, target, False, *options)
+    elif torch._C._are_functorch_transforms_active():
+        loss, _ = _FunctionalWSL.apply(student_logits, teacher_logits, target, options, True, False)
+    elif _plain(student_logits, teacher_logits, target):
+        wanted = student_logits.requires_grad and torch.is_grad_enabled()
+        loss, _ = _WSL.apply(student_logits, teacher_logits, target, options, wanted, True)
+    else:
+        loss, _ = torch.ops.weighted_soft_labels.forward(student_logits, teacher_logits, target, False, *options)
     return loss
 
 
@@ -132,13 +141,9 @@ class WSLLoss(nn.Module):
         reduction: str = "mean",
     ) -> None:
         super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.hard_weight = hard_weight
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        check_options(self._options())
+        options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        for name, value in check_options(options)._asdict().items():
+            setattr(self, name, value)
 
     def _options(self) -> Options:
         return Options(*(getattr(self, name) for name in Options._fields))
@@ -151,30 +156,52 @@ class WSLLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in self._options()._asdict().items())
 
 
-def check_options(options: Options) -> None:
-    """Raise ValueError for an option out of range. Plain comparisons, which the compiler can trace for any number."""
-    for name, value in zip(("temperature", "alpha", "hard_weight", "label_smoothing"), options):
-        # Real is an abstract class, which takes longer to ask.
-        if type(value) is not float and (not isinstance(value, Real) or isinstance(value, bool)):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    if not 0 < options.temperature < math.inf:
-        raise ValueError(f"temperature must be finite and > 0, got {options.temperature!r}")
-    if not 0 <= options.alpha < math.inf:
-        raise ValueError(f"alpha must be finite and >= 0, got {options.alpha!r}")
-    if not 0 <= options.hard_weight < math.inf:
-        raise ValueError(f"hard_weight must be finite and >= 0, got {options.hard_weight!r}")
-    if not 0 <= options.label_smoothing <= 1:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {options.label_smoothing!r}")
-    if not isinstance(options.ignore_index, int) or isinstance(options.ignore_index, bool):
-        raise ValueError(f"ignore_index must be an int, got {options.ignore_index!r}")
-    if options.reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {options.reduction!r}")
+def check_options(options: Options) -> Options:
+    """The options as plain numbers. Raises ValueError for one that is no number, or out of range."""
+    temperature, alpha, hard_weight, label_smoothing = numbers = [
+        value if type(value) is float else _number(name, value) for name, value in zip(Options._fields[:4], options)
+    ]
+    index, reduction = options.ignore_index, options.reduction
+    if type(index) is not int:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise ValueError(f"ignore_index must be an int, got {index!r}")
+        index = operator.index(index)
+    for legal, expected, value in (
+        (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
+        (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
+        (0 <= hard_weight < math.inf, "hard_weight must be finite and >= 0", hard_weight),
+        (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
+        (reduction in ("mean", "sum", "none"), "reduction must be one of mean, sum, none", reduction),
+        (1e-37 < temperature < 1e38, "temperature must be in the range of float32, (1e-37, 1e38)", temperature),
+        (hard_weight < 1e38, "hard_weight must be in the range of float32, < 1e38", hard_weight),
+        (max(alpha, alpha * temperature * temperature) < 1e38, "alpha * temperature^2 must be < 1e38", numbers),
+    ):
+        if not legal:
+            raise ValueError(f"{expected}, got {value!r}")
+    return Options(*numbers, index, reduction)
+
+
+def _number(name: str, value: Any) -> float:
+    """A float of whatever is a number to Python: an int, a Fraction, a NumPy scalar, a constant tensor on the CPU."""
+    if isinstance(value, Tensor) and (value.dim() or value.requires_grad or value.device.type != "cpu"):
+        raise ValueError(
+            f"{name} must be a number or a 0-dim tensor on the CPU that does not require grad, got a tensor of shape "
+            f"{tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}"
+        )
+    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r} ({error})") from None
 
 
 def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
+        if type(logits) is not Tensor and hasattr(logits, "to_local"):
+            raise TypeError(f"{name} must be a Tensor of this process, got a {type(logits).__name__}: pass .to_local()")
         if logits.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     if not isinstance(target, Tensor):
@@ -201,7 +228,10 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         kind = "class indices (an integer dtype) must have the shape of the logits without the class dimension"
         expected = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
     if target.shape != expected:
-        raise ValueError(f"target of {kind}, {tuple(expected)} for logits of {tuple(shape)}, got {tuple(target.shape)}")
+        advice = "; pass one-hot labels as probabilities, target.float()" if target.shape == shape else ""
+        raise ValueError(
+            f"target of {kind}, {tuple(expected)} for logits of {tuple(shape)}, got {tuple(target.shape)}{advice}"
+        )
     if not student.device == teacher.device == target.device:
         raise ValueError(
             "student_logits, teacher_logits and target must be on the same device, "
@@ -213,7 +243,7 @@ _HAS_TRITON = find_spec("triton") is not None
 
 
 def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
-    """The implementation for these logits."""
+    """The implementation for these logits; ``implementation(logits, logits).__name__`` says which."""
     if _HAS_TRITON and student.is_cuda and torch.float64 not in (student.dtype, teacher.dtype):
         from weighted_soft_labels import _triton
 
@@ -221,84 +251,232 @@ def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     return _eager
 
 
-def _under_transform() -> bool:
-    """Whether torch.func is at work; while a graph is traced, on the code that is traced."""
-    return torch._C._are_functorch_transforms_active()
+# --- one shape inside the package: logits (B, C, R), one entry per row (B, R) ---
 
 
-# What torch.compiler.assume_constant_result does; calling that would import the compiler, which takes seconds.
-_under_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
+def _logits(x: Tensor) -> Tensor:
+    """View (C,) as (1, C, 1), (N, C) as (1, C, N), (N, C, d...) as (N, C, D). Copies only if no stride walks d...."""
+    if x.dim() == 2:
+        (n, classes), (row_stride, class_stride) = x.shape, x.stride()
+        return x.as_strided((1, classes, n), (0, class_stride, row_stride))
+    return x.flatten(2) if x.dim() > 2 else x[None, :, None]
+
+
+def _rows(x: Tensor, logits: Tensor) -> Tensor:
+    """View one entry per row of these logits as (B, R)."""
+    if logits.dim() == 2:
+        return x.unsqueeze(0)
+    return x.flatten(1) if logits.dim() > 2 else x.view(1, 1)
+
+
+def _row_shape(logits: Tensor) -> torch.Size:
+    return logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size()
+
+
+def _operands(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _logits(student), _logits(teacher), _logits(target) if target.is_floating_point() else _rows(target, student)
+
+
+def _empty_gradient(student: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """In the student's order of dimensions if (B, C, R) can be viewed in it, else contiguous."""
+    gradient = torch.empty_like(student, dtype=dtype)
+    try:
+        if student.dim() > 3:
+            gradient.view(*student.shape[:2], math.prod(student.shape[2:]))
+    except RuntimeError:
+        gradient = torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
+    return gradient
+
+
+# --- the operators ---
+
+_OPTIONS = "float temperature, float alpha, float hard_weight, float label_smoothing, int ignore_index, str reduction"
+_library = torch.library.Library("weighted_soft_labels", "DEF")
+_library.define(
+    f"forward(Tensor student, Tensor teacher, Tensor target, bool with_gradient, {_OPTIONS}) -> (Tensor, Tensor)"
+)
+_library.define(f"backward(Tensor student, Tensor teacher, Tensor target, Tensor upstream, {_OPTIONS}) -> Tensor")
+_library.define("terms(Tensor student, Tensor teacher, Tensor target, float temperature, int ignore_index) -> Tensor")
+
+
+def _forward(
+    student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, options: Options
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The loss, its gradient for an incoming gradient of 1 (empty if not asked for), and what `_backward` may reuse.
+
+    A float16 gradient is formed in float32: divided by the batch size, it would underflow before a gradient scaler
+    could multiply it.
+    """
+    gradient, view = student.new_empty(0), None
+    if with_gradient:
+        gradient = _empty_gradient(student, torch.float32 if student.dtype == torch.float16 else None)
+        view = _logits(gradient)
+    loss, state = implementation(student, teacher).forward(*_operands(student, teacher, target), options, view)
+    return loss.view(_row_shape(student)) if options.reduction == "none" else loss, gradient, state
+
+
+def _backward(
+    student: Tensor, teacher: Tensor, target: Tensor, state: Tensor | None, upstream: Tensor, options: Options
+) -> Tensor:
+    """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
+    gradient = _empty_gradient(student)
+    upstream = _rows(upstream, student) if options.reduction == "none" else upstream
+    operands = _operands(student, teacher, target)
+    implementation(student, teacher).backward(*operands, state, upstream, options, _logits(gradient))
+    return gradient
+
+
+@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
+def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    return _forward(student, teacher, target, with_gradient, Options(*options))[:2]
+
+
+@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
+def _(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
+    return _backward(student, teacher, target, None, upstream, Options(*options))
+
+
+@torch.library.impl(_library, "terms", "CompositeExplicitAutograd")
+def _(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
+    options = Options(temperature=temperature, ignore_index=ignore_index)
+    terms: Tensor = implementation(student, teacher).terms(*_operands(student, teacher, target), options)
+    return terms.view(4, *_row_shape(student))
+
+
+def _fake_rows(student: Tensor, teacher: Tensor, *shape: int) -> Tensor:
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    return student.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("weighted_soft_labels::forward", lib=_library)
+def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    loss = _fake_rows(student, teacher, *_row_shape(student) if options[-1] == "none" else ())
+    dtype = torch.float32 if student.dtype == torch.float16 else None
+    return loss, _empty_gradient(student, dtype) if with_gradient else student.new_empty(0)
+
+
+@torch.library.register_fake("weighted_soft_labels::backward", lib=_library)
+def _(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
+    return _empty_gradient(student)
+
+
+@torch.library.register_fake("weighted_soft_labels::terms", lib=_library)
+def _(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
+    return _fake_rows(student, teacher, 4, *_row_shape(student))
+
+
+def _refuse_transform(*args: Any) -> Any:
+    raise NotImplementedError(
+        "wsl_loss supports neither vmap (jacrev, hessian) nor forward-mode AD (jvp, jacfwd). "
+        "Use weighted_soft_labels.reference.wsl_loss, which does."
+    )
+
+
+for _name in ("forward", "backward", "terms"):
+    torch.library.register_vmap(f"weighted_soft_labels::{_name}", _refuse_transform, lib=_library)
+
+
+# --- the autograd boundary ---
+
+
+@torch.library.impl(_library, "forward", "Autograd")
+def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():  # eager ones come by _FunctionalWSL
+        raise NotImplementedError("wsl_loss in a torch.func transform: leave the transform out of the compiled code")
+    with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
+    loss, gradient = _WSL.apply(student, teacher, target, Options(*options), with_gradient, False)
+    return loss, gradient
+
+
+def _below_autograd(
+    student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, options: Options
+) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, gradient = torch.ops.weighted_soft_labels.forward(student, teacher, target, with_gradient, *options)
+    return loss, gradient
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nobody watches which operators run: then a call past the dispatcher is the same, and shorter."""
+    return torch._C._len_torch_dispatch_stack() == 0 and all(
+        type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
+    )
 
 
 class _WSL(Function):
-    """The autograd boundary. d loss / d teacher and d loss / d target do not exist.
+    """(loss, its gradient for an incoming gradient of 1), formed together from one read of the logits.
 
-    The gradient for an incoming gradient of 1 is formed with the loss, from the same read of the logits, and given
-    away to the first backward, which may therefore scale it in place. Whoever keeps the graph and comes again gets a
-    gradient computed anew, so no two owners ever share it. A float16 gradient is always computed in backward:
-    divided by the batch size it would underflow before a gradient scaler could multiply it.
+    The gradient is handed out to nobody. It is an output so that, saved, it is a function of the student: whoever
+    differentiates it arrives at `backward` with an incoming gradient for it, and is refused.
+
+    Eager code forms a float16 gradient (to keep it would take float32's memory) and that of the reduction "none" (where
+    scaling every row moves as much as beginning anew) in `backward`; the second output is then empty.
     """
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-        compiled = torch.compiler.is_compiling()  # decides by itself what to compute ahead and what to keep
-        if compiled and not ctx.needs_input_grad[0] and _under_transform():
-            # torch 2.11 to 2.13 forget about `backward` here and would differentiate the weight too, without a word.
-            raise NotImplementedError(
-                "torch.compile of a torch.func transform of wsl_loss needs a newer torch (2.15 is tested), "
-                f"got {torch.__version__}; leave the transform out of the compiled code"
-            )
-        ahead = ctx.needs_input_grad[0] and student.dtype != torch.float16 and not compiled
-        loss: Tensor
-        loss, ctx.gradient, state = implementation(student, teacher).forward(student, teacher, target, options, ahead)
-        ctx.options = options
-        ctx.save_for_backward(student, teacher, target, *state)
-        return loss
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        later = plain and with_gradient and (student.dtype == torch.float16 or options.reduction == "none")
+        if plain:
+            loss, gradient, state = _forward(student, teacher, target, with_gradient and not later, options)
+        else:
+            loss, gradient = _below_autograd(student, teacher, target, with_gradient, options)
+        _keep(ctx, options, student.dtype, plain, gradient, *((student, teacher, target, state) if later else ()))
+        return loss, gradient
+
+    jvp = staticmethod(_refuse_transform)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return _Gradient.apply(upstream, *ctx.saved_tensors[:3], ctx.options), None, None, None
-        gradient = ctx.gradient
-        if gradient is not None:
-            ctx.gradient = None
-            return implementation(gradient, gradient).scale_(gradient, upstream), None, None, None
-        student, teacher, target, *state = ctx.saved_tensors
-        gradient = implementation(student, teacher).backward(
-            student, teacher, target, tuple(state), upstream, ctx.options
-        )
-        return gradient, None, None, None
+    def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+        if second is not None:
+            raise RuntimeError(
+                "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
+                "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
+            )
+        if upstream is None:
+            return (None,) * 6
+        if torch._C._functorch.is_batchedtensor(upstream):
+            _refuse_transform()
+        gradient, *inputs = (kept if held is None else held for kept, held in zip(ctx.saved_tensors, ctx.held))
+        if inputs:
+            with torch.no_grad():
+                if _plain(*inputs[:3], upstream):
+                    found = _backward(*inputs, upstream, ctx.options)
+                else:
+                    found = torch.ops.weighted_soft_labels.backward(*inputs[:3], upstream, *ctx.options)
+            found = found + gradient.sum() if torch.is_grad_enabled() else found  # the sum of nothing
+        elif torch.is_grad_enabled() or not ctx.plain or _graph_is_kept():
+            rows = upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream
+            found = (gradient * rows).to(ctx.dtype)
+        else:  # nobody comes by again
+            found = gradient.detach()
+            implementation(found, found).scale_(found, upstream)
+        return found, None, None, None, None, None
 
 
-class _TransformableWSL(_WSL):
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _keep(ctx: Any, options: Options, dtype: torch.dtype, plain: bool, *tensors: Tensor | None) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.options, ctx.dtype, ctx.plain = options, dtype, plain
+    # A tensor made under inference_mode cannot be saved; it need not be watched either, as nothing can change it.
+    ctx.held = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
+    ctx.save_for_backward(*(kept if held is None else None for kept, held in zip(tensors, ctx.held)))
+
+
+class _FunctionalWSL(_WSL):
     """The same boundary in the form that torch.func asks for, which costs more at every call."""
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:  # type: ignore[override]
-        loss: Tensor = implementation(student, teacher).forward(student, teacher, target, options, False)[0]
-        return loss
+    def forward(  # type: ignore[override]
+        student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool, plain: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _below_autograd(student, teacher, target, with_gradient, options)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.options = inputs[3]
-        ctx.save_for_backward(*inputs[:3])
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _keep(ctx, inputs[3], inputs[0].dtype, False, output[1])
 
-
-class _Gradient(Function):
-    """The gradient where a graph of it is asked for: it can be had, but not differentiated."""
-
-    @staticmethod
-    def forward(upstream: Tensor, student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-        gradient: Tensor = implementation(student, teacher).backward(student, teacher, target, (), upstream, options)
-        return gradient
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Any:
-        raise RuntimeError(
-            "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
-            "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
-        )
+    vmap = staticmethod(_refuse_transform)
