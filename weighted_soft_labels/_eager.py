@@ -29,21 +29,19 @@ EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's 
 BLOCK = 2**18  # logits at a time, of which there are about ten copies in scratch memory
 
 
-def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
-) -> tuple[Tensor, None]:
-    """The reduced loss; `gradient` is filled for an incoming gradient of 1. No state is kept for `backward`."""
+def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
     loss = student.new_empty((student.shape[0], student.shape[2]), dtype=_dtype(student, teacher))
     count = _count(target, student.shape[1], options.ignore_index).to(loss.dtype)
     unit = 1 / count if options.reduction == "mean" else torch.ones_like(count)
     _walk(student, teacher, target, options, unit, loss, gradient)
     if options.reduction == "none":
-        return loss, None
-    return loss.sum() / count if options.reduction == "mean" else loss.sum(), None
+        return loss
+    return loss.sum() / count if options.reduction == "mean" else loss.sum()
 
 
 def backward(
-    student: Tensor, teacher: Tensor, target: Tensor, state: None, upstream: Tensor, options: Options, gradient: Tensor
+    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     count = _count(target, student.shape[1], options.ignore_index).to(_dtype(student, teacher))
@@ -75,19 +73,19 @@ class Row(NamedTuple):
     z: Tensor  # logits - max, <= 0
     e: Tensor  # exp(z)
     soft: Tensor  # exp(z / T)
-    index: Tensor  # of one maximum
+    leader: Tensor  # the index of one maximum
     rest: Tensor  # sum of e without that one
     soft_rest: Tensor  # sum of soft without that one
     ce: Tensor
 
 
 def _row(logits: Tensor, q: Tensor, temperature: float) -> Row:
-    peak, index = logits.max(1, keepdim=True)
-    z = logits - torch.where(peak == math.inf, math.nan, peak)  # inf - inf at `index` would be left out as well
+    peak, leader = logits.max(1, keepdim=True)
+    z = logits - torch.where(peak == math.inf, math.nan, peak)  # inf - inf at `leader` would be left out as well
     e, soft = z.exp(), (z / temperature).exp()
-    rest, soft_rest = (mass.scatter(1, index, 0.0).sum(1, keepdim=True) for mass in (e, soft))
+    rest, soft_rest = (mass.scatter(1, leader, 0.0).sum(1, keepdim=True) for mass in (e, soft))
     ce = q.sum(1, keepdim=True) * rest.log1p() - _expectation(q, z)
-    return Row(z, e, soft, index, rest, soft_rest, ce)
+    return Row(z, e, soft, leader, rest, soft_rest, ce)
 
 
 def _expectation(mass: Tensor, value: Tensor) -> Tensor:
@@ -147,20 +145,20 @@ def _gradient(student: Row, teacher: Row, q: Tensor, weight: Tensor, unit: Tenso
     if options.hard_weight:
         smoothed = (1 - smoothing) * q + smoothing / classes if smoothing else q
         mass = q.sum(1, keepdim=True) * (1 - smoothing) + smoothing
-        left = torch.scatter_add(-smoothed, 1, student.index, mass)
-        gradient = options.hard_weight * (mass * _softmax_less_1(student.e, student.index, student.rest) + left)
+        left = torch.scatter_add(-smoothed, 1, student.leader, mass)
+        gradient = options.hard_weight * (mass * _softmax_less_1(student.e, student.leader, student.rest) + left)
     if options.alpha:
-        soft = _softmax_less_1(student.soft, student.index, student.soft_rest)
-        soft = soft - _softmax_less_1(teacher.soft, teacher.index, teacher.soft_rest)
-        differ = (student.index != teacher.index).to(q.dtype)
-        soft = soft.scatter_add(1, student.index, differ).scatter_add(1, teacher.index, -differ)
+        soft = _softmax_less_1(student.soft, student.leader, student.soft_rest)
+        soft = soft - _softmax_less_1(teacher.soft, teacher.leader, teacher.soft_rest)
+        differ = (student.leader != teacher.leader).to(q.dtype)
+        soft = soft.scatter_add(1, student.leader, differ).scatter_add(1, teacher.leader, -differ)
         gradient = gradient + options.alpha * options.temperature * weight * soft
     return unit * gradient
 
 
-def _softmax_less_1(e: Tensor, index: Tensor, rest: Tensor) -> Tensor:
-    """The softmax, less 1 at `index`."""
-    return e.scatter(1, index, -rest) / (1 + rest)
+def _softmax_less_1(e: Tensor, leader: Tensor, rest: Tensor) -> Tensor:
+    """The softmax, less 1 at `leader`."""
+    return e.scatter(1, leader, -rest) / (1 + rest)
 
 
 def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:

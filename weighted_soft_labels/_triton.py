@@ -569,31 +569,27 @@ def _count_kernel(target, counted, size, ignore_index, PARTS: tl.constexpr):
     tl.store(counted + tl.program_id(0), found)
 
 
-def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The reduced loss; without a gradient to fill for an incoming gradient of 1, also what `backward` needs."""
+def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
     loss = student.new_empty(_rows(student), dtype=torch.float32)
-    state = student.new_empty((7, *loss.shape), dtype=torch.float32) if gradient is None else None
-    _launch_forward(student, teacher, target, options, loss, gradient, state)
+    _launch_forward(student, teacher, target, options, loss, gradient)
     if options.reduction == "none":
-        return loss, state
+        return loss
     total = loss.sum()  # of shares in the mean, where it is one
-    return total * math.nan if options.reduction == "mean" and loss.numel() == 0 else total, state
+    return total * math.nan if options.reduction == "mean" and loss.numel() == 0 else total
 
 
 def backward(
     student: Tensor,
     teacher: Tensor,
     target: Tensor,
-    state: Tensor | None,
     upstream: Tensor,
     options: Options,
     gradient: Tensor,
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    if state is None:
-        state = forward(student, teacher, target, options, None)[1]
+    state = student.new_empty((7, *_rows(student)), dtype=torch.float32)
+    _launch_forward(student, teacher, target, options, torch.empty_like(state[0]), None, state)
     launch = _launch(student, teacher, target, gradient)
     if launch.programs:
         upstream_strides = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)

@@ -104,16 +104,15 @@ def wsl_loss(
     # Nothing of the teacher's graph, or of a learned target's, is kept alive by the loss.
     teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
     target = target.detach() if target.requires_grad else target
-    if torch.compiler.is_compiling():
-        loss, _ = torch.ops.weighted_soft_labels.forward(student_logits, teacher_logits, target, False, *options)
-    elif torch._C._are_functorch_transforms_active():
-        loss, _ = _FunctionalWSL.apply(student_logits, teacher_logits, target, options, True, False)
-    elif _plain(student_logits, teacher_logits, target):
+    if _plain(student_logits, teacher_logits, target):
         wanted = student_logits.requires_grad and torch.is_grad_enabled()
         loss, _ = _WSL.apply(student_logits, teacher_logits, target, options, wanted, True)
-    else:
+    elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
         loss, _ = torch.ops.weighted_soft_labels.forward(student_logits, teacher_logits, target, False, *options)
-    return loss
+    else:
+        loss, _ = _FunctionalWSL.apply(student_logits, teacher_logits, target, options, True, False)
+    result: Tensor = loss
+    return result
 
 
 class WSLLoss(nn.Module):
@@ -145,68 +144,65 @@ class WSLLoss(nn.Module):
         for name, value in check_options(options)._asdict().items():
             setattr(self, name, value)
 
-    def _options(self) -> Options:
-        return Options(*(getattr(self, name) for name in Options._fields))
+    def _options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in Options._fields}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
         """The loss of a batch; see :func:`wsl_loss`."""
-        return wsl_loss(student_logits, teacher_logits, target, **self._options()._asdict())
+        return wsl_loss(student_logits, teacher_logits, target, **self._options())
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self._options()._asdict().items())
+        return ", ".join(f"{name}={value!r}" for name, value in self._options().items())
 
 
 def check_options(options: Options) -> Options:
     """The options as plain numbers. Raises ValueError for one that is no number, or out of range."""
-    temperature, alpha, hard_weight, label_smoothing = numbers = [
-        value if type(value) is float else _number(name, value) for name, value in zip(Options._fields[:4], options)
-    ]
-    index, reduction = options.ignore_index, options.reduction
-    if type(index) is not int:
-        if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise ValueError(f"ignore_index must be an int, got {index!r}")
-        index = operator.index(index)
+    *numbers, index, reduction = options
+    temperature, alpha, hard_weight, label_smoothing = (
+        value if type(value) is float else _number(name, value, float) for name, value in zip(Options._fields, numbers)
+    )
+    index = index if type(index) is int else _number("ignore_index", index, int)
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
         (0 <= hard_weight < math.inf, "hard_weight must be finite and >= 0", hard_weight),
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
         (reduction in ("mean", "sum", "none"), "reduction must be one of mean, sum, none", reduction),
-        (1e-37 < temperature < 1e38, "temperature must be in the range of float32, (1e-37, 1e38)", temperature),
-        (hard_weight < 1e38, "hard_weight must be in the range of float32, < 1e38", hard_weight),
-        (max(alpha, alpha * temperature * temperature) < 1e38, "alpha * temperature^2 must be < 1e38", numbers),
+        (
+            1e-37 < temperature < 1e38 and max(alpha, alpha * temperature * temperature, hard_weight) < 1e38,
+            "temperature, alpha, alpha * temperature^2 and hard_weight must fit into float32",
+            (temperature, alpha, hard_weight),
+        ),
     ):
         if not legal:
             raise ValueError(f"{expected}, got {value!r}")
-    return Options(*numbers, index, reduction)
+    return Options(temperature, alpha, hard_weight, label_smoothing, index, reduction)
 
 
-def _number(name: str, value: Any) -> float:
-    """A float of whatever is a number to Python: an int, a Fraction, a NumPy scalar, a constant tensor on the CPU."""
-    if isinstance(value, Tensor) and (value.dim() or value.requires_grad or value.device.type != "cpu"):
-        raise ValueError(
-            f"{name} must be a number or a 0-dim tensor on the CPU that does not require grad, got a tensor of shape "
-            f"{tuple(value.shape)} on {value.device}, requires_grad={value.requires_grad}"
-        )
-    if isinstance(value, (bool, str, bytes)) or not hasattr(value, "__float__"):
-        raise ValueError(f"{name} must be a number, got {value!r}")
+def _number(name: str, value: Any, kind: type) -> Any:
+    """`value` as a float or int: of ints, Fractions, NumPy scalars and constant 0-dim tensors on the CPU."""
+    expected, legal = "a number" if kind is float else "an int", not isinstance(value, (bool, str, bytes))
+    if torch.compiler.is_compiling() and hasattr(value, "dtype"):
+        raise ValueError(f"{name} must be a Python {kind.__name__} in compiled code, got a {type(value).__name__}")
+    if isinstance(value, Tensor):
+        expected += " (or a 0-dim tensor on the CPU that does not require grad)"
+        legal = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{name} must be a number, got {value!r} ({error})") from None
+        if legal:
+            return float(value) if kind is float else operator.index(value)
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not isinstance(logits, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(logits).__name__}")
-        if type(logits) is not Tensor and hasattr(logits, "to_local"):
-            raise TypeError(f"{name} must be a Tensor of this process, got a {type(logits).__name__}: pass .to_local()")
-        if logits.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
-
+    for name, tensor in (("student_logits", student), ("teacher_logits", teacher), ("target", target)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
+            raise TypeError(f"{name} must be a Tensor of this process, got a {type(tensor).__name__}: pass .to_local()")
+        if tensor is not target and tensor.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     shape = student.shape
     if teacher.shape != shape:
         raise ValueError(
@@ -262,11 +258,9 @@ def _logits(x: Tensor) -> Tensor:
     return x.flatten(2) if x.dim() > 2 else x[None, :, None]
 
 
-def _rows(x: Tensor, logits: Tensor) -> Tensor:
-    """View one entry per row of these logits as (B, R)."""
-    if logits.dim() == 2:
-        return x.unsqueeze(0)
-    return x.flatten(1) if logits.dim() > 2 else x.view(1, 1)
+def _rows(x: Tensor) -> Tensor:
+    """View one entry per row, shaped like an index target, as (B, R)."""
+    return x.flatten(1) if x.dim() > 1 else x.reshape(1, -1)
 
 
 def _row_shape(logits: Tensor) -> torch.Size:
@@ -274,95 +268,61 @@ def _row_shape(logits: Tensor) -> torch.Size:
 
 
 def _operands(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _logits(student), _logits(teacher), _logits(target) if target.is_floating_point() else _rows(target, student)
+    return _logits(student), _logits(teacher), _logits(target) if target.is_floating_point() else _rows(target)
 
 
 def _empty_gradient(student: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """In the student's order of dimensions if (B, C, R) can be viewed in it, else contiguous."""
+    """In the student's order of dimensions if (B, C, R) is a view of that, else contiguous."""
     gradient = torch.empty_like(student, dtype=dtype)
     try:
         if student.dim() > 3:
             gradient.view(*student.shape[:2], math.prod(student.shape[2:]))
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter of fake tensors
         gradient = torch.empty_like(student, dtype=dtype, memory_format=torch.contiguous_format)
     return gradient
 
 
-# --- the operators ---
-
-_OPTIONS = "float temperature, float alpha, float hard_weight, float label_smoothing, int ignore_index, str reduction"
-_library = torch.library.Library("weighted_soft_labels", "DEF")
-_library.define(
-    f"forward(Tensor student, Tensor teacher, Tensor target, bool with_gradient, {_OPTIONS}) -> (Tensor, Tensor)"
-)
-_library.define(f"backward(Tensor student, Tensor teacher, Tensor target, Tensor upstream, {_OPTIONS}) -> Tensor")
-_library.define("terms(Tensor student, Tensor teacher, Tensor target, float temperature, int ignore_index) -> Tensor")
+def _kept_gradient(student: Tensor, wanted: bool) -> Tensor:
+    """To keep from forward to backward: float32 for float16, which divided by the batch size would underflow before a
+    gradient scaler could multiply it."""
+    dtype = torch.float32 if student.dtype == torch.float16 else None
+    return _empty_gradient(student, dtype) if wanted else student.new_empty(0)
 
 
-def _forward(
-    student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, options: Options
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, its gradient for an incoming gradient of 1 (empty if not asked for), and what `_backward` may reuse.
-
-    A float16 gradient is formed in float32: divided by the batch size, it would underflow before a gradient scaler
-    could multiply it.
-    """
-    gradient, view = student.new_empty(0), None
-    if with_gradient:
-        gradient = _empty_gradient(student, torch.float32 if student.dtype == torch.float16 else None)
-        view = _logits(gradient)
-    loss, state = implementation(student, teacher).forward(*_operands(student, teacher, target), options, view)
-    return loss.view(_row_shape(student)) if options.reduction == "none" else loss, gradient, state
+def _empty_rows(student: Tensor, teacher: Tensor, *leading: int) -> Tensor:
+    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    return student.new_empty((*leading, *_row_shape(student)), dtype=dtype)
 
 
-def _backward(
-    student: Tensor, teacher: Tensor, target: Tensor, state: Tensor | None, upstream: Tensor, options: Options
-) -> Tensor:
+# --- the operators: what they do, and what their outputs look like ---
+
+
+def _forward(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient for an incoming gradient of 1, empty unless it is wanted `ahead` of backward."""
+    gradient = _kept_gradient(student, ahead)
+    filled = _logits(gradient) if ahead else None
+    loss = implementation(student, teacher).forward(*_operands(student, teacher, target), Options(*options), filled)
+    return loss.view(_row_shape(student)) if loss.dim() else loss, gradient
+
+
+def _fake_forward(student: Tensor, teacher: Tensor, _: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    rows = _empty_rows(student, teacher)
+    return rows if options[-1] == "none" else rows.new_empty(()), _kept_gradient(student, ahead)
+
+
+def _backward(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
     """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     gradient = _empty_gradient(student)
-    upstream = _rows(upstream, student) if options.reduction == "none" else upstream
+    upstream = _rows(upstream) if options[-1] == "none" else upstream
     operands = _operands(student, teacher, target)
-    implementation(student, teacher).backward(*operands, state, upstream, options, _logits(gradient))
+    implementation(student, teacher).backward(*operands, upstream, Options(*options), _logits(gradient))
     return gradient
 
 
-@torch.library.impl(_library, "forward", "CompositeExplicitAutograd")
-def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
-    return _forward(student, teacher, target, with_gradient, Options(*options))[:2]
-
-
-@torch.library.impl(_library, "backward", "CompositeExplicitAutograd")
-def _(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
-    return _backward(student, teacher, target, None, upstream, Options(*options))
-
-
-@torch.library.impl(_library, "terms", "CompositeExplicitAutograd")
-def _(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
+def _terms(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
     options = Options(temperature=temperature, ignore_index=ignore_index)
     terms: Tensor = implementation(student, teacher).terms(*_operands(student, teacher, target), options)
     return terms.view(4, *_row_shape(student))
-
-
-def _fake_rows(student: Tensor, teacher: Tensor, *shape: int) -> Tensor:
-    dtype = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-    return student.new_empty(shape, dtype=dtype)
-
-
-@torch.library.register_fake("weighted_soft_labels::forward", lib=_library)
-def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
-    loss = _fake_rows(student, teacher, *_row_shape(student) if options[-1] == "none" else ())
-    dtype = torch.float32 if student.dtype == torch.float16 else None
-    return loss, _empty_gradient(student, dtype) if with_gradient else student.new_empty(0)
-
-
-@torch.library.register_fake("weighted_soft_labels::backward", lib=_library)
-def _(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
-    return _empty_gradient(student)
-
-
-@torch.library.register_fake("weighted_soft_labels::terms", lib=_library)
-def _(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
-    return _fake_rows(student, teacher, 4, *_row_shape(student))
 
 
 def _refuse_transform(*args: Any) -> Any:
@@ -372,34 +332,39 @@ def _refuse_transform(*args: Any) -> Any:
     )
 
 
-for _name in ("forward", "backward", "terms"):
+def _autograd(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+    if torch._C._are_functorch_transforms_active():  # eager ones come by _FunctionalWSL
+        raise NotImplementedError("wsl_loss in a torch.func transform: leave the transform out of the compiled code")
+    ahead = ahead or (torch.is_grad_enabled() and student.requires_grad)
+    loss, gradient = _WSL.apply(student, teacher, target, Options(*options), ahead, False)
+    return loss, gradient
+
+
+_LOGITS = "Tensor student, Tensor teacher, Tensor target"
+_OPTIONS = "float temperature, float alpha, float hard_weight, float label_smoothing, int ignore_index, str reduction"
+_library: Any = torch.library.Library("weighted_soft_labels", "DEF")  # type: ignore[no-untyped-call]
+for _name, _schema, _run, _fake in (
+    ("forward", f"bool ahead, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake_forward),
+    ("backward", f"Tensor upstream, {_OPTIONS}) -> Tensor", _backward, lambda s, *_: _empty_gradient(s)),
+    ("terms", "float temperature, int ignore_index) -> Tensor", _terms, lambda s, t, *_: _empty_rows(s, t, 4)),
+):
+    _library.define(f"{_name}({_LOGITS}, {_schema}")
+    _library.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"weighted_soft_labels::{_name}", _fake, lib=_library)
     torch.library.register_vmap(f"weighted_soft_labels::{_name}", _refuse_transform, lib=_library)
+_library.impl("forward", _autograd, "Autograd")
 
 
 # --- the autograd boundary ---
 
 
-@torch.library.impl(_library, "forward", "Autograd")
-def _(student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, *options: Any) -> tuple[Tensor, Tensor]:
-    if torch._C._are_functorch_transforms_active():  # eager ones come by _FunctionalWSL
-        raise NotImplementedError("wsl_loss in a torch.func transform: leave the transform out of the compiled code")
-    with_gradient = with_gradient or (torch.is_grad_enabled() and student.requires_grad)
-    loss, gradient = _WSL.apply(student, teacher, target, Options(*options), with_gradient, False)
-    return loss, gradient
-
-
-def _below_autograd(
-    student: Tensor, teacher: Tensor, target: Tensor, with_gradient: bool, options: Options
-) -> tuple[Tensor, Tensor]:
-    with torch._C._AutoDispatchBelowAutograd():
-        loss, gradient = torch.ops.weighted_soft_labels.forward(student, teacher, target, with_gradient, *options)
-    return loss, gradient
-
-
 def _plain(*tensors: Tensor) -> bool:
-    """Whether nobody watches which operators run: then a call past the dispatcher is the same, and shorter."""
-    return torch._C._len_torch_dispatch_stack() == 0 and all(
-        type(tensor) in (Tensor, nn.Parameter) for tensor in tensors
+    """Whether nobody watches which operators run: then to call past the dispatcher is the same, and shorter."""
+    included, key = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and not (included(key.Python) or included(key.PreDispatch) or torch._C._are_functorch_transforms_active())
     )
 
 
@@ -413,19 +378,16 @@ class _WSL(Function):
     scaling every row moves as much as beginning anew) in `backward`; the second output is then empty.
     """
 
-    @staticmethod
-    def forward(
-        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool, plain: bool
-    ) -> tuple[Tensor, Tensor]:
-        later = plain and with_gradient and (student.dtype == torch.float16 or options.reduction == "none")
-        if plain:
-            loss, gradient, state = _forward(student, teacher, target, with_gradient and not later, options)
-        else:
-            loss, gradient = _below_autograd(student, teacher, target, with_gradient, options)
-        _keep(ctx, options, student.dtype, plain, gradient, *((student, teacher, target, state) if later else ()))
-        return loss, gradient
+    jvp = staticmethod(_refuse_transform)  # type: ignore[assignment]
 
-    jvp = staticmethod(_refuse_transform)
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        options, ahead, plain = arguments
+        later = plain and ahead and (student.dtype == torch.float16 or options.reduction == "none")
+        run = _forward if plain else _below_autograd
+        loss, gradient = run(student, teacher, target, ahead and not later, *options)
+        _keep(ctx, options, student.dtype, plain, gradient, *((student, teacher, target) if later else ()))
+        return loss, gradient
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -436,19 +398,18 @@ class _WSL(Function):
             )
         if upstream is None:
             return (None,) * 6
-        if torch._C._functorch.is_batchedtensor(upstream):
+        if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
             _refuse_transform()
         gradient, *inputs = (kept if held is None else held for kept, held in zip(ctx.saved_tensors, ctx.held))
         if inputs:
+            run = _backward if _plain(*inputs, upstream) else torch.ops.weighted_soft_labels.backward
             with torch.no_grad():
-                if _plain(*inputs[:3], upstream):
-                    found = _backward(*inputs, upstream, ctx.options)
-                else:
-                    found = torch.ops.weighted_soft_labels.backward(*inputs[:3], upstream, *ctx.options)
-            found = found + gradient.sum() if torch.is_grad_enabled() else found  # the sum of nothing
+                found = run(*inputs, upstream, *ctx.options)
+            if torch.is_grad_enabled():
+                found = found + gradient.sum()  # of nothing, to tie it to the student
         elif torch.is_grad_enabled() or not ctx.plain or _graph_is_kept():
-            rows = upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream
-            found = (gradient * rows).to(ctx.dtype)
+            upstream = upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream
+            found = (gradient * upstream).to(ctx.dtype)
         else:  # nobody comes by again
             found = gradient.detach()
             implementation(found, found).scale_(found, upstream)
@@ -458,25 +419,29 @@ class _WSL(Function):
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _keep(ctx: Any, options: Options, dtype: torch.dtype, plain: bool, *tensors: Tensor | None) -> None:
+def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
+    with torch._C._AutoDispatchBelowAutograd():
+        loss, gradient = torch.ops.weighted_soft_labels.forward(*args)
+    return loss, gradient
+
+
+def _keep(ctx: Any, options: Options, dtype: torch.dtype, plain: bool, *tensors: Tensor) -> None:
     ctx.set_materialize_grads(False)
     ctx.options, ctx.dtype, ctx.plain = options, dtype, plain
-    # A tensor made under inference_mode cannot be saved; it need not be watched either, as nothing can change it.
-    ctx.held = [tensor if tensor is not None and tensor.is_inference() else None for tensor in tensors]
-    ctx.save_for_backward(*(kept if held is None else None for kept, held in zip(tensors, ctx.held)))
+    # A tensor made under inference_mode cannot be saved, and need not be: nothing can change it any more.
+    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
+    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in zip(tensors, ctx.held)))
 
 
 class _FunctionalWSL(_WSL):
     """The same boundary in the form that torch.func asks for, which costs more at every call."""
 
+    vmap = staticmethod(_refuse_transform)
+
     @staticmethod
-    def forward(  # type: ignore[override]
-        student: Tensor, teacher: Tensor, target: Tensor, options: Options, with_gradient: bool, plain: bool
-    ) -> tuple[Tensor, Tensor]:
-        return _below_autograd(student, teacher, target, with_gradient, options)
+    def forward(student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return _below_autograd(student, teacher, target, True, *arguments[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _keep(ctx, inputs[3], inputs[0].dtype, False, output[1])
-
-    vmap = staticmethod(_refuse_transform)
