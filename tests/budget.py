@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
+from numpy_wsl import wsl_rows
 from torch import Tensor
 
 from weighted_soft_labels import reference, wsl_loss
@@ -46,3 +48,28 @@ def assert_as_reference(student: Tensor, teacher: Tensor, target: Tensor, **opti
         atol=budget * largest + (rounding.smallest_normal * rounding.eps),
         equal_nan=True,
     )
+
+
+def assert_exact(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 2.0, **options: Any) -> None:
+    """Every row's loss and every entry of its gradient is within a few roundings of the terms that it is the sum of.
+
+    Judged in long double, as float64 has no digits left where both models are sure. exp(z) of a rounded z is off by |z|
+    roundings, as far as it is not 0; what is below the range of float32 may be 0.
+    """
+    value, gradient = step(wsl_loss, student, teacher, target, reduction="none", temperature=temperature, **options)
+    row = wsl_rows(*(x.numpy() for x in (student, teacher, target)), temperature=temperature, **options)
+    distance = torch.cat([x - x.amax(1, keepdim=True) for x in (student, teacher)], 1).abs()
+    widest = sum(z.where(z < 104, 0.0).amax(1).numpy() for z in (distance, distance / temperature))
+    rounding = (12 + 4 * widest) * 2.0**-24
+    floor = 1e-37 * (1 + options.get("hard_weight", 1.0) + options.get("alpha", 2.5) * (temperature + temperature**2))
+    for name, found, exact, size in (
+        ("loss", value.numpy()[:, None], row.loss[:, None], row.loss_size[:, None]),
+        ("gradient", gradient.numpy(), row.gradient, row.gradient_size),
+    ):
+        excess = abs(found - exact) - (rounding[:, None] * size + floor)
+        worst = np.unravel_index(np.argmax(excess), excess.shape)
+        assert excess[worst] <= 0, (
+            f"{name} of row {worst[0]}, class {worst[1]}: {found[worst]} for {exact[worst]}, of terms of size "
+            f"{size[worst]}; {temperature=}, {options}, student={student[worst[0]]}, teacher={teacher[worst[0]]}, "
+            f"target={target[worst[0]]}"
+        )
