@@ -58,7 +58,7 @@ def imagenet() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images. And a teacher, saved as PyTorch's own example does."""
+    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images; a teacher."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -102,6 +102,10 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
+def on(data: Path) -> tuple[object, ...]:
+    return "--data", data, "--teacher-checkpoint", data / "teacher.pt"
+
+
 def log(out: Path) -> list[dict[str, float]]:
     with open(out / "log.csv", newline="") as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
@@ -138,20 +142,18 @@ def test_every_option_at_once_on_fake_data(run: Any, tmp_path: Path, monkeypatch
     assert 0 < row["weight"] < 1
     assert 0 < row["hard"] < row["loss"] < 100
     assert 0 <= row["val_top1"] <= row["val_top5"] <= 100
-    assert row["images_per_s"] > 0
-    assert 0 < row["waiting_for_data"] < 1
+    assert 0 < row["waiting_for_data"] < 1 < row["images_per_s"]
     torchvision.models.squeezenet1_1().load_state_dict(checkpoint(tmp_path)["model"])  # torch.compile's would not fit
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert {b"step/loss", b"step/weight", b"epoch/val_top1"} <= set(re.findall(rb"\w+/\w+", events.read_bytes()))
+    events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    assert {b"step/loss", b"step/weight", b"epoch/val_top1"} <= set(re.findall(rb"\w+/\w+", events))
 
 
-def ce(
-    student: Tensor, teacher: Tensor, target: Tensor, *, hard_weight: float, label_smoothing: float, **_: Any
-) -> Any:
-    return hard_weight * F.cross_entropy(student, target, label_smoothing=label_smoothing)
+def ce(student: Tensor, teacher: Tensor, target: Tensor, **options: float) -> Tensor:
+    hard = F.cross_entropy(student, target, label_smoothing=options["label_smoothing"])
+    return options["hard_weight"] * hard
 
 
-def kd(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, alpha: float, **hard: Any) -> Any:
+def kd(student: Tensor, teacher: Tensor, target: Tensor, *, temperature: float, alpha: float, **hard: float) -> Tensor:
     kl = F.kl_div((student / temperature).log_softmax(1), (teacher / temperature).softmax(1), reduction="batchmean")
     return ce(student, teacher, target, **hard) + alpha * temperature**2 * kl
 
@@ -234,7 +236,7 @@ def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(imagenet: 
 def test_two_processes_train_as_one_does_and_either_resumes_them(data: Path, tmp_path: Path) -> None:
     """On the same global batch; of two processes, each takes its share in two micro-batches."""
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
-    options = (tmp_path, "--data", data, "--teacher-checkpoint", data / "teacher.pt", *PLAIN)
+    options = (tmp_path, *on(data), *PLAIN)
     halves = ("--epochs", 1, "--out", two, "--accumulate", 2, "--workers", 1)
     succeed(*options, "--out", one, first=WITHOUT_DROPOUT)
     succeed(*options, *halves, first=WITHOUT_DROPOUT, processes=2)
@@ -253,7 +255,7 @@ def test_two_processes_train_as_one_does_and_either_resumes_them(data: Path, tmp
 @pytest.mark.slow
 def test_two_processes_validate_every_image_once_as_saved(data: Path, tmp_path: Path) -> None:
     """13 images, where padding would count one of them twice; batch statistics differ between the processes."""
-    options = ("--data", data, "--teacher-checkpoint", data / "teacher.pt", *SMALL, "--epochs", 1, "--out", tmp_path)
+    options = (*on(data), *SMALL, "--epochs", 1, "--out", tmp_path)
     succeed(tmp_path, *options, processes=2)
     student = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES)
     student.load_state_dict(checkpoint(tmp_path)["model"])
@@ -263,18 +265,7 @@ def test_two_processes_validate_every_image_once_as_saved(data: Path, tmp_path: 
 @pytest.mark.slow
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(data: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    options = (
-        tmp_path,
-        "--data",
-        data,
-        "--teacher-checkpoint",
-        data / "teacher.pt",
-        *SMALL,
-        "--mixup",
-        0.2,
-        "--resume",
-        "--out",
-    )
+    options = (tmp_path, *on(data), *SMALL, "--mixup", 0.2, "--resume", "--out")
     succeed(*options, whole)
     with start(*options, out, "--workers", 1, first=SLEEPS_IN_THE_SECOND_EPOCH) as process:
         limit = time.monotonic() + 60
