@@ -11,7 +11,7 @@ momentum 0.9, 100 epochs, batches of 256, learning rate 0.1, divided by 10 every
 pair is `--teacher resnet50 --model mobilenetv1`. The paper's repository reports 72.04 % for ResNet-18 and 71.52 % for
 MobileNetV1; results of full runs of this script: not measured. The student is trained with
 
-    ce   hard_weight * CE(labels), without a teacher
+    ce   CE(labels), without a teacher
     kd   hard_weight * CE(labels) + alpha * T^2 * KL(teacher || student), Hinton et al. 2015
     wsl  hard_weight * CE(labels) + alpha * T^2 * weight * CE(teacher, student), `weighted_soft_labels.wsl_loss`
 
@@ -53,47 +53,46 @@ from weighted_soft_labels import WSLLoss
 from weighted_soft_labels.analysis import wsl_terms
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels, from 0 to 1
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
-    option("--data", type=Path, default="imagenet", metavar="DIR", help="with train and val, a folder per class each")
-    option("--fake-data", type=int, nargs="?", const=512, metavar="N", help="N images of noise, random teachers (512)")
-    option("--out", type=Path, required=True, metavar="DIR", help="folder of this run; made if needed")
-    option("--resume", action="store_true", help="go on with the run in --out, if there is one")
+    option("--data", type=Path, default="imagenet", help="holds train and val, each with a folder per class")
+    option("--fake-data", type=int, nargs="?", const=512, metavar="N", help="N images of noise and random teachers")
 
-    option("--model", default="resnet18", metavar="NAME", help="the student: of torchvision or timm (resnet18)")
-    option("--teacher", nargs="+", default=["resnet34"], metavar="NAME", help="one or more (resnet34)")
-    option("--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="one for each; else pretrained weights")
-    option("--teacher-weights", default="IMAGENET1K_V1", help="the pretrained ones, in torchvision (IMAGENET1K_V1)")
-    option("--teacher-train-mode", action="store_true", help="batch statistics in the teacher, as the official script")
-
-    option("--loss", choices=("ce", "kd", "wsl"), default="wsl", help="(wsl)")
-    option("--temperature", type=float, default=2.0, metavar="T", help="of kd and wsl (2.0)")
-    option("--alpha", type=float, default=2.5, metavar="A", help="scale of their soft term (2.5)")
-    option("--hard-weight", type=float, default=1.0, metavar="W", help="scale of the labels' cross-entropy (1.0)")
-    option("--label-smoothing", type=float, default=0.0, metavar="E", help="of that cross-entropy (0)")
-    option("--mixup", type=float, default=0.0, metavar="A", help="parameter of its Beta distribution (0: none)")
+    option("--model", default="resnet18", metavar="NAME", help="to train; of torchvision or timm")
+    option("--teacher", nargs="+", default=["resnet34"], metavar="NAME", help="one or more, as --model")
+    option("--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="one a teacher; else pretrained weights")
+    option("--teacher-weights", default="IMAGENET1K_V1", metavar="NAME", help="torchvision's, if pretrained")
     option(
-        "--cutmix", type=float, default=0.0, metavar="A", help="the same; with both, one of the two a batch (0: none)"
+        "--teacher-train-mode", action="store_true", help="batch statistics in the teacher, as in the official script"
     )
+    option("--loss", choices=("ce", "kd", "wsl"), default="wsl", help="ce needs no teacher")
+    option("--temperature", type=float, default=2.0, help="of the soft term")
+    option("--alpha", type=float, default=2.5, help="scale of the soft term")
+    option("--hard-weight", type=float, default=1.0, help="scale of the cross-entropy in kd and wsl")
+    option("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
+    option("--mixup", type=float, default=0.0, metavar="A", help="parameter of its Beta distribution; 0: none")
+    option("--cutmix", type=float, default=0.0, metavar="A", help="the same; with both, one of the two a batch")
 
-    option("--epochs", type=int, default=100, metavar="N", help="(100)")
-    option("--batch-size", type=int, default=256, metavar="N", help="images a step, over all processes (256)")
-    option("--accumulate", type=int, default=1, metavar="N", help="micro-batches a step, in each process (1)")
-    option("--lr", type=float, default=0.1, metavar="LR", help="(0.1)")
-    option("--lr-step", type=int, default=30, metavar="N", help="epochs until the learning rate is divided by 10 (30)")
-    option("--weight-decay", type=float, default=1e-4, metavar="W", help="(1e-4)")
-    option("--image-size", type=int, default=224, metavar="N", help="pixels, after cropping (224)")
-    option("--seed", type=int, default=0, metavar="N", help="of weights, order, augmentation, dropout, mixup (0)")
+    option("--epochs", type=int, default=100, help="in all")
+    option("--batch-size", type=int, default=256, help="images a step, over all processes")
+    option("--accumulate", type=int, default=1, help="micro-batches a step, in each process")
+    option("--lr", type=float, default=0.1, help="at the start")
+    option("--lr-step", type=int, default=30, help="epochs after which it is divided by 10")
+    option("--weight-decay", type=float, default=1e-4, help="of all parameters")
+    option("--image-size", type=int, default=224, help="pixels, after cropping")
+    option("--seed", type=int, default=0, help="of initialisation, order, augmentation, dropout, mixup")
 
-    option("--amp", choices=AMP, default="off", help="mixed precision (off)")
-    option("--channels-last", action="store_true", help="memory layout of images and weights")
-    option("--compile", action="store_true", help="torch.compile the networks")
-    option("--workers", type=int, default=4, metavar="N", help="reading processes, for each training process (4)")
-    option("--log-every", type=int, default=50, metavar="N", help="steps between two looks at loss and weight (50)")
+    option("--amp", choices=AMP, help="mixed precision")
+    option("--channels-last", action="store_true", help="memory format of images and networks")
+    option("--compile", action="store_true", help="the networks, by torch.compile")
+    option("--workers", type=int, default=4, help="reading processes, for each training process")
+    option("--log-every", type=int, default=50, help="steps between two looks at loss and weight")
+    option("--out", type=Path, required=True, help="folder of this run")
+    option("--resume", action="store_true", help="continue the run in --out; start it if there is none")
     return parser.parse_args()
 
 
@@ -215,7 +214,7 @@ def evaluate(student, images, args, device, rank, world):
     indices = [mine[start : start + size] for start in range(0, len(mine), size)]
     sums = torch.zeros(3, device=device)
     for inputs, labels in load_batches(images, indices, args, device):
-        with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+        with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
             logits = student(inputs).float()
         right = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
         loss = F.cross_entropy(logits, labels, reduction="sum")
@@ -290,7 +289,7 @@ def main() -> None:
             images, target = mixing(images, labels)
             step, rest = divmod(index, args.accumulate)
             model.require_backward_grad_sync = rest == 0  # as DDP's no_sync() does for all micro-batches but the last
-            with torch.autocast(device.type, AMP[args.amp], enabled=args.amp != "off"):
+            with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
                 if teachers:
                     with torch.inference_mode():
                         teacher_logits = sum(teacher(images).float() for teacher in teachers) / len(teachers)
@@ -299,9 +298,10 @@ def main() -> None:
             if args.loss == "wsl":
                 loss = wsl(student_logits, teacher_logits, target)
             else:
-                loss = args.hard_weight * cross_entropy(student_logits.float(), target)
+                loss = cross_entropy(student_logits.float(), target)
             if args.loss == "kd":
-                loss = loss + args.alpha * kd_term(student_logits, teacher_logits, args.temperature)
+                soft = kd_term(student_logits, teacher_logits, args.temperature)
+                loss = args.hard_weight * loss + args.alpha * soft
 
             scaler.scale(loss / args.accumulate).backward()
             if rest == 0:
