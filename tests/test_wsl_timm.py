@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,17 +23,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def wsl_timm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wsl_timm_example", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def wsl_timm() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: ModuleType, mixed: bool) -> None:
+def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: SimpleNamespace, mixed: bool) -> None:
     torch.manual_seed(0)
     student, teacher = (timm.create_model(name, num_classes=5) for name in ("test_vit", "test_resnet"))
     teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -65,11 +59,14 @@ def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: ModuleType, mixed: b
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_train_script_gets_the_task_in_the_place_of_timms(tmp_path: Path) -> None:
+def test_a_train_script_gets_the_task_in_the_place_of_timms(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timm.task, "LogitDistillationTask", timm.task.LogitDistillationTask)  # put back afterwards
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\nfrom timm.task import LogitDistillationTask\nprint(LogitDistillationTask.__name__, sys.argv[1:])\n"
     )
-    command = [sys.executable, str(SCRIPT), str(script), "--kd-model-name", "resnet34"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "WSLTask ['--kd-model-name', 'resnet34']\n", done.stderr
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(script), "--kd-model-name", "resnet34"])
+    runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert capsys.readouterr().out == "WSLTask ['--kd-model-name', 'resnet34']\n"
