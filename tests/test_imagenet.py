@@ -1,71 +1,64 @@
-"""The ImageNet example runs as its users run it: as a program, alone or under torchrun; on images small for a CPU.
+"""The ImageNet example as its users run it, alone or under torchrun, on images small for a CPU.
 
 Runs whose results are compared have one thread a process, so that their sums are formed in one order.
 """
 
 from __future__ import annotations
 
+import argparse
 import csv
-import importlib.util
+import functools
+import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
 
 from weighted_soft_labels import reference
 
-for _module in ("torchvision", "tensorboard", "tqdm"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]")
-torchvision = pytest.importorskip("torchvision")
-v2 = pytest.importorskip("torchvision.transforms.v2")
-Image = pytest.importorskip("PIL.Image")
+torchvision, v2, Image, *_ = (
+    pytest.importorskip(module, reason=f"{module} is missing: pip install weighted-soft-labels[examples]")
+    for module in ("torchvision", "torchvision.transforms.v2", "PIL.Image", "tensorboard", "tqdm")
+)
 
 IMAGENET = Path(__file__).parents[1] / "examples" / "imagenet.py"
 CLASSES, TRAIN, VAL = 4, 10, 3  # images of a class
 SMALL = (
-    *("--teacher", "squeezenet1_1", "--teacher-weights", "none", "--student", "shufflenet_v2_x0_5"),
-    *("--image-size", "32", "--resize", "36", "--batch", "8", "--epochs", "2", "--lr", "0.002", "--lr-step", "1"),
-    *("--device", "cpu", "--workers", "0"),
+    *("--teacher", "squeezenet1_1", "--model", "shufflenet_v2_x0_5", "--image-size", 32, "--batch-size", 8),
+    *("--epochs", 2, "--lr", 0.002, "--lr-step", 1, "--workers", 0),
 )
-RANDOM = (*SMALL, "--mixup", "0.2", "--checkpoint-every", "2")  # draws random numbers in every step, too
 # No batch norm, and dropout switched off: what depends on the number of processes by design.
-PLAIN = ("--student", "squeezenet1_1")
-WITHOUT_DROPOUT = """
-import runpy, sys, torch
-
-torch.nn.Dropout.forward = lambda self, x: x
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
+PLAIN = (*SMALL, "--model", "squeezenet1_1")
+WITHOUT_DROPOUT = "torch.nn.Dropout.forward = lambda self, x: x"
+SLEEPS_IN_THE_SECOND_EPOCH = """
+step, count = torch.optim.SGD.step, iter(range(9999))
+torch.optim.SGD.step = lambda *a, **k: (next(count) == 7 and time.sleep(60), step(*a, **k))[1]
 """
-
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def imagenet() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("imagenet_example", IMAGENET)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def imagenet() -> SimpleNamespace:
+    return SimpleNamespace(**runpy.run_path(str(IMAGENET)))
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images."""
+    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images; a teacher."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -76,33 +69,41 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 image = Image.fromarray(pixels.to(torch.uint8).numpy())
                 image.save(folder / split / f"class{label}" / f"{index}.{('png', 'jpeg')[index % 2]}")
     shutil.copy(folder / "val" / "class0" / "0.png", folder / "val" / "class0" / "again.png")
+    state = torchvision.models.squeezenet1_1(num_classes=CLASSES).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "teacher.pt")
     return folder
 
 
-def command(*options: object, processes: int = 0, script: Path | None = None) -> list[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes else []
-    scripts = [script, IMAGENET] if script else [IMAGENET]
-    return [sys.executable, *torchrun, *map(str, scripts), *map(str, options)]
+def start(folder: Path, *options: object, processes: int = 0, first: str = "") -> subprocess.Popen[str]:
+    """A copy of the script in a folder of its own, `first` being run before it."""
+    script, wrapper = shutil.copy(IMAGENET, folder), folder / "wrapper.py"
+    wrapper.write_text(f"import runpy, time, torch\n{first}\nrunpy.run_path({str(script)!r}, run_name='__main__')")
+    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes else []
+    command = [sys.executable, *torchrun, *map(str, (wrapper if first else script, *options))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+def succeed(*arguments: Any, **how: Any) -> None:
+    process = start(*arguments, **how)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
 
 
-def run(*options: object, processes: int = 0, script: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*options, processes=processes, script=script),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The script in this process, on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def run(*options: object) -> None:
+        monkeypatch.setattr(sys, "argv", ["imagenet.py", *map(str, options)])
+        runpy.run_path(str(IMAGENET), run_name="__main__")
+
+    return run
 
 
-def succeed(*options: object, processes: int = 0, script: Path | None = None) -> str:
-    done = run(*options, processes=processes, script=script)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+def on(data: Path) -> tuple[object, ...]:
+    return "--data", data, "--teacher-checkpoint", data / "teacher.pt"
 
 
 def log(out: Path) -> list[dict[str, float]]:
@@ -110,457 +111,229 @@ def log(out: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-def checkpoint(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
+def checkpoint(out: Path) -> dict[str, Any]:
+    return torch.load(out / "last.pt", weights_only=True)
 
 
-def assert_same_run(out: Path, other: Path) -> None:
-    """To the last bit: weights, statistics, momenta, and all that was logged but the speed."""
-    a, b = checkpoint(out / "last.pt"), checkpoint(other / "last.pt")
-    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-    assert a["model"].keys() == b["model"].keys()
-    for name, value in a["model"].items():
-        assert torch.equal(value, b["model"][name]), name
-    for index, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), index
-    assert a["schedule"] == b["schedule"]
-    for row, other_row in zip(log(out), log(other), strict=True):
-        del row["images_per_s"], other_row["images_per_s"]
-        assert row == other_row
-
-
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two epochs of five steps that nothing interrupted; mixup, batch norm and a falling learning rate."""
-    out = tmp_path_factory.mktemp("finished") / "run"
-    succeed("--data", data, "--out", out, *RANDOM)
-    return out
-
-
-# A run --------------------------------------------------------------------------------------------------------------
-
-
-def test_one_epoch_of_fake_data_with_every_option(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    options = ("--fake-data", 16, "--fake-classes", 7, "--out", out, *SMALL, "--epochs", 1, "--workers", 1)
-    more = ("--amp", "bf16", "--channels-last", "--accumulate", 2, "--mixup", 0.2, "--cutmix", 1.0)
-    ensemble = ("--teacher", "shufflenet_v2_x0_5", "--teacher-train-mode", "--label-smoothing", 0.1, "--log-every", 1)
-    printed = succeed(*options, *more, *ensemble)
-
-    assert "squeezenet1_1 + shufflenet_v2_x0_5 -> shufflenet_v2_x0_5, 1 epochs" in printed
-    (row,) = log(out)
-    assert row["epoch"] == 1
-    assert row["lr"] == 0.002
-    assert 0 < row["weight"] < 1
-    assert 0 < row["hard"] < row["loss"] < 100
-    assert 0 <= row["val_top1"] <= row["val_top5"] <= 100
-    assert row["images_per_s"] > 0
-    best = checkpoint(out / "best.pt")
-    torchvision.models.shufflenet_v2_x0_5(num_classes=7).load_state_dict(best["model"])
-    assert best["top1"] == row["val_top1"]
-    (events,) = (out / "tensorboard").iterdir()
-    assert {b"step/loss", b"epoch/val_top1"} <= set(re.findall(rb"\w+/\w+", events.read_bytes()))
-
-
-def test_the_schedule_falls_and_every_epoch_is_logged(finished: Path) -> None:
-    rows = log(finished)
-    assert [row["epoch"] for row in rows] == [1, 2]
-    assert [row["lr"] for row in rows] == [0.002, pytest.approx(0.0002)]
-
-
-def test_a_step_is_that_of_the_papers_optimiser_on_the_papers_loss(imagenet: ModuleType) -> None:
-    """In two micro-batches, for an ensemble of two teachers; against the reference loss and SGD written out."""
-    args = imagenet.parse_args(["--fake-data", "8", "--out", "x", *SMALL, "--accumulate", "2", "--lr", "0.1"])
-    torch.manual_seed(0)
-    models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 5)) for _ in range(3)]
-    student, *teachers = models
-    before = [parameter.detach().clone().requires_grad_() for parameter in student.parameters()]
-    batches = [(torch.randn(4, 3, 3, 3), torch.randint(5, (4,))) for _ in range(2)]
-    images, labels = (torch.cat(parts) for parts in zip(*batches))
-
-    run = imagenet.Run(args, imagenet.World(), torch.device("cpu"), student, torch.nn.ModuleList(teachers))
-    imagenet.train_step(run, iter(batches), imagenet.make_mixing(args, 5))
-
-    mean = (teachers[0](images) + teachers[1](images)) / 2
-    loss = reference.wsl_loss(F.linear(images.flatten(1), *before), mean, labels)
-    gradients = torch.autograd.grad(loss, before)
-    for parameter, old, gradient in zip(student.parameters(), before, gradients):
-        decayed = gradient + 1e-4 * old
-        torch.testing.assert_close(parameter, old - 0.1 * (decayed + 0.9 * decayed))  # Nesterov's first step
-    run.gather_sums()
-    assert run.sums[0].item() / 8 == pytest.approx(loss.item(), rel=1e-5)
-    assert run.sums[-1].item() == 8
-
-
-def test_compiled_networks_save_what_plain_ones_load(imagenet: ModuleType) -> None:
-    """`--compile` compiles in place: a wrapper would have changed the names in the checkpoint."""
-    args = imagenet.parse_args(["--fake-data", "8", "--out", "x", *SMALL, "--compile"])
-    student = torchvision.models.squeezenet1_1(num_classes=4)
-    names = list(student.state_dict())
-    run = imagenet.Run(args, imagenet.World(), torch.device("cpu"), student, torch.nn.ModuleList())
-    assert student._compiled_call_impl is not None
-    assert list(run.student.state_dict()) == names
-
-
-def test_every_process_augments_an_image_alike_and_epochs_differ(imagenet: ModuleType, data: Path) -> None:
-    args = imagenet.parse_args(["--data", str(data), "--out", "x", *SMALL])
-    images, _, _ = imagenet.load_data(args)
-    torch.manual_seed(1)
-    before = images[3, 5][0]
-    state = torch.get_rng_state()
-    assert torch.equal(images[3, 5][0], before)
-    assert torch.equal(torch.get_rng_state(), state), "reading an image has used up random numbers of the training"
-    assert not torch.equal(images[4, 5][0], before)
-
-
-def test_processes_share_every_global_batch(imagenet: ModuleType) -> None:
-    def batches(rank: int, size: int, accumulate: int, first_step: int = 0) -> list[list[tuple[int, int]]]:
-        options = ["--fake-data", "50", "--out", "x", "--batch", "12", "--accumulate", str(accumulate)]
-        sampler = imagenet.GlobalBatches(50, imagenet.parse_args(options), imagenet.World(rank, size))
-        sampler.epoch, sampler.first_step = 7, first_step
-        read = list(sampler)
-        assert len(read) == len(sampler)
-        return read
-
-    alone = batches(0, 1, 1)
-    assert [len(batch) for batch in alone] == [12] * 4  # and 2 images left out
-    assert len({index for batch in alone for _, index in batch}) == 48
-    assert {epoch for batch in alone for epoch, _ in batch} == {7}
-    shares = [batches(rank, 3, 2) for rank in range(3)]
-    assert {len(batch) for share in shares for batch in share} == {2}
-    for step, batch in enumerate(alone):
-        read = [image for share in shares for micro_batch in share[2 * step : 2 * step + 2] for image in micro_batch]
-        assert sorted(read) == sorted(batch)
-    assert batches(0, 1, 1, first_step=3) == alone[3:]
-
-
-# Several processes --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def one_and_two(imagenet: ModuleType, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The same run on one process and on two, each of which takes its share in two micro-batches."""
-    folder = tmp_path_factory.mktemp("processes")
-    script = folder / "without_dropout.py"
-    script.write_text(WITHOUT_DROPOUT)
-    one, two = folder / "one", folder / "two"
-    options = ("--data", data, *SMALL, *PLAIN, "--checkpoint-every", 3)
-    run_here_without_dropout(imagenet, *options, "--out", one)
-    succeed(*options, "--out", two, "--accumulate", 2, "--workers", 1, script=script, processes=2)
-    return one, two
-
-
-def run_here_without_dropout(imagenet: ModuleType, *options: object) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.nn.Dropout, "forward", lambda self, x: x)
-        imagenet.main([str(option) for option in options])
-
-
-def assert_same_but_for_rounding(out: Path, other: Path) -> None:
-    for row, other_row in zip(log(out), log(other), strict=True):
-        for name in ("loss", "hard", "soft", "weight", "val_loss"):
-            assert row[name] == pytest.approx(other_row[name], rel=1e-5), name
-        for name in ("lr", "train_top1", "train_top5", "val_top1", "val_top5"):
-            assert row[name] == pytest.approx(other_row[name]), name
-    torch.testing.assert_close(
-        checkpoint(out / "last.pt")["model"], checkpoint(other / "last.pt")["model"], rtol=1e-4, atol=1e-5
-    )
-
-
-def test_two_processes_train_as_one_does_on_the_same_global_batch(one_and_two: tuple[Path, Path]) -> None:
-    assert_same_but_for_rounding(*one_and_two)
-
-
-def test_a_run_of_two_processes_resumes_in_mid_epoch_on_one(
-    imagenet: ModuleType,
-    one_and_two: tuple[Path, Path],
-    data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    one, two = one_and_two
-    shutil.copy(two / "previous.pt", tmp_path / "last.pt")
-    run_here_without_dropout(imagenet, "--data", data, *SMALL, *PLAIN, "--out", tmp_path, "--resume")
-    assert f"resuming from {tmp_path / 'last.pt'}, after epoch 1, step 3" in capsys.readouterr().out
-    assert_same_but_for_rounding(one, tmp_path)
-
-
-def test_validation_counts_every_image_once_with_the_statistics_that_are_saved(data: Path, tmp_path: Path) -> None:
-    """13 images on two processes, where padding would count one of them twice; against one batch without the loop."""
-    out = tmp_path / "run"
-    succeed("--data", data, "--out", out, *SMALL, "--epochs", 1, processes=2)
-    (row,) = log(out)
-
-    size = (v2.Resize(36, antialias=True), v2.CenterCrop(32))
-    normal = v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    transform = v2.Compose([*size, v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), normal])
+def assert_validated(row: dict[str, float], student: nn.Module, data: Path) -> None:
+    """Against one batch of all images, read without the script."""
+    tail = v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    transform = v2.Compose([v2.Resize(36), v2.CenterCrop(32), v2.PILToTensor(), *tail])
     images, labels = zip(*torchvision.datasets.ImageFolder(str(data / "val"), transform))
     assert len(images) == CLASSES * VAL + 1
-    student = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES).eval()
-    student.load_state_dict(checkpoint(out / "last.pt")["model"])
     with torch.no_grad():
-        logits = student(torch.stack(images))
-    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-5)
+        logits = student.eval()(torch.stack(images))
+    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4)
     right = (logits.argmax(1) == torch.tensor(labels)).sum().item()
     assert row["val_top1"] == pytest.approx(100 * right / len(images))
     assert row["val_top5"] == 100
 
 
-# Checkpoints --------------------------------------------------------------------------------------------------------
+# A run --------------------------------------------------------------------------------------------------------------
 
 
-def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(finished: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    options = ("--data", data, "--out", out, *RANDOM, "--resume")
-    slow = tmp_path / "slow.py"  # stays in the third step, to be killed there
-    slow.write_text(
-        "import runpy, sys, time, torch\n"
-        "step = torch.optim.SGD.step\n"
-        "count = iter(range(9999))\n"
-        "torch.optim.SGD.step = lambda *a, **k: (next(count) == 2 and time.sleep(60), step(*a, **k))[1]\n"
-        "sys.argv.pop(0)\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    with subprocess.Popen(command(*options, script=slow), env=environment(), stdout=subprocess.DEVNULL) as process:
+def test_every_option_at_once_on_fake_data(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    options = "--fake-data 16 --epochs 1 --accumulate 2 --amp bf16 --channels-last --compile --teacher-train-mode "
+    options += "--teacher squeezenet1_1 squeezenet1_0 --label-smoothing 0.1 --mixup 0.2 --cutmix 1 --out"
+    run(*PLAIN, *options.split(), tmp_path)
+    (row,) = log(tmp_path)
+    assert (row["epoch"], row["lr"]) == (1, 0.002)
+    assert 0 < row["weight"] < 1 < row["images_per_s"]
+    assert 0 < row["hard"] < row["loss"] < 100
+    assert 0 <= row["val_top1"] <= row["val_top5"] <= 100
+    assert 0 < row["waiting_for_data"] < 1
+    torchvision.models.squeezenet1_1().load_state_dict(checkpoint(tmp_path)["model"])  # torch.compile's would not fit
+    events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
+    assert {b"step/loss", b"step/weight", b"epoch/val_top1"} <= set(re.findall(rb"\w+/\w+", events))
+
+
+def ce(student: Tensor, teacher: Tensor, target: Tensor, *, label_smoothing: float, **_: float) -> Tensor:
+    return F.cross_entropy(student, target, label_smoothing=label_smoothing)
+
+
+def kd(student: Tensor, teacher: Tensor, target: Tensor, **options: float) -> Tensor:
+    T = options["temperature"]
+    soft = F.kl_div((student / T).log_softmax(1), (teacher / T).softmax(1), reduction="batchmean")
+    return options["hard_weight"] * ce(student, teacher, target, **options) + options["alpha"] * T**2 * soft
+
+
+@pytest.mark.parametrize("mixing", [[], ["--mixup", 0.2]])
+@pytest.mark.parametrize("loss", [ce, kd, reference.wsl_loss])
+def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
+    run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, mixing: list[object]
+) -> None:
+    """In two micro-batches, for the mean of two teachers; against the reference loss and SGD written out."""
+    batches: list[tuple[Tensor, Tensor]] = []
+    mix = v2.RandomChoice.forward
+    monkeypatch.setattr(v2.RandomChoice, "forward", lambda *batch: batches.append(mix(*batch)) or batches[-1])
+    monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
+    torch.manual_seed(5)
+    teachers = [torchvision.models.squeezenet1_1(num_classes=CLASSES).eval() for _ in range(2)]
+    files = [tmp_path / "0.pt", tmp_path / "1.pt"]
+    for teacher, file in zip(teachers, files):
+        torch.save(teacher.state_dict(), file)
+    options = {"temperature": 3.0, "alpha": 1.5, "hard_weight": 0.5, "label_smoothing": 0.1}
+    given = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
+    given += ["--loss", loss.__name__.removesuffix("_loss"), "--teacher", *["squeezenet1_1"] * 2, *mixing]
+    step = ["--epochs", 1, "--batch-size", CLASSES * TRAIN, "--accumulate", 2, "--lr", 0.1, "--out", tmp_path]
+    run("--data", data, *PLAIN, *step, *given, "--teacher-checkpoint", *files)
+
+    torch.manual_seed(0)
+    student = torchvision.models.squeezenet1_1(num_classes=CLASSES)
+    assert [len(images) for images, _ in batches] == [CLASSES * TRAIN / 2] * 2
+    for images, target in batches:
+        assert target.is_floating_point() == bool(mixing)
+        with torch.no_grad():
+            mean = (teachers[0](images) + teachers[1](images)) / 2
+        (loss(student(images), mean, target, **options) / 2).backward()
+    for parameter in student.parameters():
+        decayed = parameter.grad + 1e-4 * parameter.detach()
+        parameter.data -= 0.1 * (decayed + 0.9 * decayed)  # Nesterov's first step
+    torch.testing.assert_close(checkpoint(tmp_path)["model"], student.state_dict(), rtol=1e-4, atol=1e-5)
+    assert_validated(log(tmp_path)[0], student, data)
+
+
+def test_every_process_crops_an_image_alike_and_epochs_differ(imagenet: SimpleNamespace, data: Path) -> None:
+    args = argparse.Namespace(data=data, fake_data=None, image_size=32)
+    images = imagenet.Augmented(imagenet.make_data(args)[0], seed=0)
+    state, before = torch.get_rng_state(), images[3, 5][0]
+    assert torch.equal(torch.get_rng_state(), state), "reading an image has used up random numbers of the training"
+    torch.rand(1)
+    assert torch.equal(images[3, 5][0], before)
+    assert not torch.equal(images[4, 5][0], before)
+
+
+def test_processes_share_every_global_batch(imagenet: SimpleNamespace) -> None:
+    def batches(rank: int, world: int, accumulate: int) -> list[list[tuple[int, int]]]:
+        args = argparse.Namespace(batch_size=12, accumulate=accumulate, seed=0)
+        return imagenet.micro_batches(50, 7, args, rank, world)
+
+    alone = batches(0, 1, 1)
+    assert [len(batch) for batch in alone] == [12] * 4  # and 2 images left out
+    assert {epoch for batch in alone for epoch, _ in batch} == {7}
+    assert len({index for batch in alone for _, index in batch}) == 48
+    shares = [batches(rank, 3, 2) for rank in range(3)]
+    for step, batch in enumerate(alone):
+        assert sorted(batch) == sorted(image for share in shares for half in share[2 * step :][:2] for image in half)
+
+
+def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(imagenet: SimpleNamespace) -> None:
+    pytest.importorskip("timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]")
+    model = imagenet.make_model("mobilenetv1", 1000)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 4_231_976
+    assert {type(module).__name__ for module in model.modules() if "ReLU" in type(module).__name__} == {"ReLU"}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            bound = 1 / math.sqrt(module.weight[0].numel())  # uniform up to it
+            assert 0.9 * bound < module.weight.abs().max().item() <= bound
+
+
+# Several processes, and runs that were stopped ----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_and_either_resumes_them(data: Path, tmp_path: Path) -> None:
+    """On the same global batch; of two processes, each takes its share in two micro-batches."""
+    one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
+    options = (tmp_path, *on(data), *PLAIN)
+    halves = ("--epochs", 1, "--out", two, "--accumulate", 2, "--workers", 1)
+    succeed(*options, "--out", one, first=WITHOUT_DROPOUT)
+    succeed(*options, *halves, first=WITHOUT_DROPOUT, processes=2)
+    shutil.copytree(two, mixed)
+    succeed(*options, *halves, "--epochs", 2, "--resume", first=WITHOUT_DROPOUT, processes=2)
+    succeed(*options, "--out", mixed, "--resume", first=WITHOUT_DROPOUT)
+
+    assert [row["lr"] for row in log(one)] == [0.002, pytest.approx(0.0002)]
+    for other in (two, mixed):
+        torch.testing.assert_close(checkpoint(one)["model"], checkpoint(other)["model"], rtol=1e-4, atol=1e-5)
+        for row, other_row in zip(log(one), log(other), strict=True):
+            for name in ("epoch", "lr", "val_loss", "val_top1", "val_top5"):
+                assert row[name] == pytest.approx(other_row[name], rel=1e-5), name
+
+
+@pytest.mark.slow
+def test_two_processes_validate_every_image_once_as_saved(data: Path, tmp_path: Path) -> None:
+    """13 images, where padding would count one of them twice; batch statistics differ between the processes."""
+    options = (*on(data), *SMALL, "--epochs", 1, "--out", tmp_path)
+    succeed(tmp_path, *options, processes=2)
+    student = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES)
+    student.load_state_dict(checkpoint(tmp_path)["model"])
+    assert_validated(log(tmp_path)[0], student, data)
+
+
+@pytest.mark.slow
+def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(data: Path, tmp_path: Path) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    options = (tmp_path, *on(data), *SMALL, "--mixup", 0.2, "--resume", "--out")
+    succeed(*options, whole)
+    with start(*options, out, "--workers", 1, first=SLEEPS_IN_THE_SECOND_EPOCH) as process:
         limit = time.monotonic() + 60
-        while not (out / "previous.pt").exists() and process.poll() is None and time.monotonic() < limit:
+        while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)
-        time.sleep(0.5)  # last.pt follows
+        time.sleep(1)  # to be in the second epoch
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    stopped = checkpoint(out / "last.pt")
-    assert (stopped["epoch"], stopped["step"]) == (0, 2)
+    assert checkpoint(out)["epoch"] == 1
+    succeed(*options, out)
 
-    assert "after epoch 0, step 2" in succeed(*options)
-    assert_same_run(out, finished)
-
-
-def test_a_truncated_checkpoint_is_set_aside_for_the_previous_one(finished: Path, data: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(finished, out)
-    whole = (out / "last.pt").read_bytes()
-    (out / "last.pt").write_bytes(whole[: len(whole) // 2])
-    printed = succeed("--data", data, "--out", out, *RANDOM, "--resume")
-    assert re.search(rf"^{re.escape(str(out))}/last\.pt is damaged \(.+\)$", printed, flags=re.MULTILINE)
-    assert f"resuming from {out / 'previous.pt'}, after epoch 1, step 4" in printed
-    assert len((out / "last.pt.damaged").read_bytes()) == len(whole) // 2
-    assert_same_run(out, finished)
+    a, b = checkpoint(whole), checkpoint(out)
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+    for index, state in a["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), index
+    for row, other in zip(log(whole), log(out), strict=True):
+        assert {name for name in row if row[name] != other[name]} <= {"images_per_s", "waiting_for_data"}
 
 
-def test_the_scale_of_half_gradients_is_part_of_a_checkpoint(imagenet: ModuleType, tmp_path: Path) -> None:
-    args = imagenet.parse_args(["--fake-data", "8", "--out", str(tmp_path), *SMALL, "--amp", "fp16"])
-
-    def make_run() -> Any:
-        models = [torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(27, 5)) for _ in range(2)]
-        return imagenet.Run(args, imagenet.World(), torch.device("cpu"), models[0], torch.nn.ModuleList(models[1:]))
-
-    run, resumed = make_run(), make_run()
-    before = run.student[1].weight.clone()
-    batch = (torch.randn(8, 3, 3, 3), torch.randint(5, (8,)))
-    imagenet.train_step(run, iter([batch]), imagenet.make_mixing(args, 5))
-    assert not torch.equal(run.student[1].weight, before)
-    imagenet.save_checkpoint(run, {})
-    imagenet.restore(resumed, checkpoint(tmp_path / "last.pt"))
-    assert resumed.scaler.state_dict()["_growth_tracker"] == 1
-    assert resumed.scaler.state_dict() == run.scaler.state_dict()
-    assert torch.equal(resumed.student[1].weight, run.student[1].weight)
+# Bad input ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_finished_run_has_nothing_to_do(
-    imagenet: ModuleType, finished: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = contents(finished)
-    imagenet.main([str(option) for option in ("--data", data, "--out", finished, *RANDOM, "--resume")])
-    assert "nothing to do: this run has finished its 2 epochs" in capsys.readouterr().out
-    assert contents(finished) == before
+def test_bad_data_is_named(run: Any, data: Path, tmp_path: Path) -> None:
+    options, folder = (*SMALL, "--loss", "ce", "--out", tmp_path / "out", "--data"), tmp_path / "data"
+    with pytest.raises(FileNotFoundError, match=f"{folder}/train"):
+        run(*options, folder)
+    shutil.copytree(data, folder)
+    image = folder / "val" / "class2" / "1.jpeg"
+    image.write_bytes(image.read_bytes()[:500])
+    with pytest.raises(OSError, match=f"cannot read the image {image}: "):
+        run(*options, folder)
+    shutil.rmtree(folder / "val" / "class3")
+    with pytest.raises(ValueError, match=rf"{folder}: only one of train and val has \{{'class3'\}}"):
+        run(*options, folder)
+    for size in (9, 48):
+        with pytest.raises(ValueError, match=rf"must be at most 40 \(images\), a multiple of 2 .*, got {size}"):
+            run(*options, data, "--accumulate", 2, "--batch-size", size)
 
 
-def test_resume_starts_a_run_where_there_is_none(imagenet: ModuleType, tmp_path: Path) -> None:
-    identity = {"student": "resnet18"}
-    assert imagenet.read_out(tmp_path / "new", True, identity) is None
-    assert (tmp_path / "new").is_dir()
-
-
-def test_a_checkpoint_that_cannot_be_written_leaves_the_old_ones(imagenet: ModuleType, tmp_path: Path) -> None:
-    last, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
-    for content in (b"1", b"2"):
-        imagenet.write_whole(last, lambda file, content=content: file.write(content), backup=previous)
-
-    def fail(file: Any) -> None:
-        file.write(b"3")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(imagenet.Problem, match=r"cannot write .*last\.pt: .*No space left"):
-        imagenet.write_whole(last, fail, backup=previous)
-    assert (last.read_bytes(), previous.read_bytes()) == (b"2", b"1")
-
-
-# Errors -------------------------------------------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refuse(imagenet: ModuleType, out: Path, *options: object) -> str:
-    """The line with which the program ends, having written nothing."""
-    before = contents(out)
-    with pytest.raises(SystemExit) as ended:
-        imagenet.main(["--out", str(out), *SMALL, *map(str, options)])
-    line = str(ended.value.code)
-    assert line.startswith("imagenet.py: error: ")
-    assert len(line.splitlines()) == 1
-    assert contents(out) == before
-    return line
-
-
-def test_an_error_is_one_line_of_the_program(tmp_path: Path) -> None:
-    done = run("--data", tmp_path / "missing", "--out", tmp_path / "run", *SMALL)
-    assert done.returncode != 0
-    assert done.stdout == ""
-    assert done.stderr == (
-        f"imagenet.py: error: no folder {tmp_path}/missing/train: --data takes a folder that holds train and val, "
-        "with a folder per class\n"
-    )
-    assert not (tmp_path / "run").exists()
-
-
-def test_unknown_models_are_refused(imagenet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = ("--fake-data", 8, "--fake-classes", 4)
-    monkeypatch.setitem(sys.modules, "timm", None)
-    line = refuse(imagenet, tmp_path, *fake, "--student", "resnet81")
-    assert "torchvision has no model 'resnet81', and timm is missing (pip install timm); did you mean resnet18?" in line
-    assert "'timm:mobilenetv1_100', and timm is missing" in refuse(
-        imagenet, tmp_path, *fake, "--teacher", "timm:mobilenetv1_100"
-    )
-    assert "'fcn_resnet50'" in refuse(imagenet, tmp_path, *fake, "--student", "fcn_resnet50")  # a segmentation model
-
-    timm = ModuleType("timm")
-    timm.is_model = lambda name: name == "known"
-    monkeypatch.setitem(sys.modules, "timm", timm)
-    assert imagenet.library_of("known") == imagenet.library_of("timm:known") == "timm"
-    assert "neither torchvision nor timm has a model 'unknown'" in refuse(
-        imagenet, tmp_path, *fake, "--student", "timm:unknown"
-    )
-
-
-def test_a_teacher_of_other_classes_is_refused(
-    imagenet: ModuleType, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, file = tmp_path / "run", tmp_path / "seven.pt"
-    torch.save({"state_dict": torchvision.models.squeezenet1_1(num_classes=7).state_dict()}, file)
-    line = refuse(imagenet, out, "--data", data, "--teacher-checkpoint", file)
-    assert f"the teacher {file} has 7 classes, the data 4" in line
+def test_a_bad_teacher_is_named(run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, file = ("--data", data, *SMALL, "--out", tmp_path / "out"), tmp_path / "teacher.pt"
+    with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet: .*No such file"):
+        run(*options, "--teacher-checkpoint", file)
+    file.write_bytes(b"nothing that torch has written")
+    with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet"):
+        run(*options, "--teacher-checkpoint", file)
+    torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), file)
+    with pytest.raises(RuntimeError, match=rf"(?s)cannot load {file} into SqueezeNet: .*\[7, .*\[4, "):
+        run(*options, "--teacher-checkpoint", file)
 
     # The pretrained file of 1000 classes, where torchvision would have put it.
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     url = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
-    pretrained = tmp_path / "home" / "hub" / "checkpoints" / url.split("/")[-1]
-    pretrained.parent.mkdir(parents=True)
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), pretrained)
-    line = refuse(imagenet, out, "--data", data, "--teacher-weights", "v1")
-    assert "the teacher squeezenet1_1 has 1000 classes, the data 4" in line
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "hub" / "checkpoints" / Path(url).name)
+    with pytest.raises(ValueError, match="the teacher squeezenet1_1 has 1000 classes, the data 4"):
+        run(*options)
 
 
-def test_a_teacher_that_cannot_be_loaded_is_refused(
-    imagenet: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, file = tmp_path / "run", tmp_path / "teacher.pt"
-    fake = ("--fake-data", 8, "--fake-classes", 4)
-    assert "cannot read the teacher checkpoint" in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
-    file.write_bytes(b"nothing that torch has written")
-    assert "cannot read the teacher checkpoint" in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
-    torch.save(torchvision.models.shufflenet_v2_x0_5(num_classes=4).state_dict(), file)
-    assert "is not one of squeezenet1_1: " in refuse(imagenet, out, *fake, "--teacher-checkpoint", file)
-    assert "squeezenet1_1 has no weights 'v9', only IMAGENET1K_V1" in refuse(
-        imagenet, out, *fake, "--teacher-weights", "v9"
-    )
-    assert "squeezenet1_1 does not take images of 8 x 8 pixels: " in refuse(imagenet, out, *fake, "--image-size", 8)
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nothing answers
-    line = refuse(imagenet, out, *fake, "--teacher-weights", "v1")
-    assert "cannot make squeezenet1_1 with weights v1 (URLError: " in line
-
-
-def test_another_run_is_never_overwritten(imagenet: ModuleType, finished: Path, data: Path, tmp_path: Path) -> None:
-    line = refuse(imagenet, finished, "--data", data)
-    assert f"{finished} holds a run already (last.pt): --resume continues it, another --out starts anew" in line
-    line = refuse(imagenet, finished, "--data", data, "--resume", "--alpha", 0)
-    assert f"{finished} holds another run, with alpha 2.5, not 0.0" in line
-    assert "with training images 40, not 64" in refuse(
-        imagenet, finished, "--fake-data", 64, "--fake-classes", 4, "--resume", "--mixup", 0.2
-    )
-    for name in ("last.pt", "previous.pt"):
-        (tmp_path / name).write_bytes((finished / name).read_bytes()[:1000])
-    assert "holds a run (last.pt) but no checkpoint that can be read" in refuse(
-        imagenet, tmp_path, "--data", data, "--resume"
-    )
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            ("--batch", 9, "--accumulate", 2),
-            "a batch of 9 cannot be split evenly between 1 x 2 (processes x micro-batches)",
-        ),
-        (("--batch", 64), "40 training images do not fill one batch of 64"),
-        (("--sync-bn",), "--sync-bn needs GPUs"),
-        (("--teacher-checkpoint", "x") * 2, "got 1 --teacher, but 2 --teacher-checkpoint"),
-        (("--epochs", 0), "argument --epochs: must be at least 1, got 0"),
-        (("--lr", "nan"), "argument --lr: must be finite and > 0, got nan"),
-        (("--device", "abacus"), "--device abacus is not one of cpu"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(
-    imagenet: ModuleType, data: Path, tmp_path: Path, options: tuple[object, ...], message: str
-) -> None:
-    assert message in refuse(imagenet, tmp_path / "run", "--data", data, *options)
-
-
-def test_folders_that_do_not_fit_are_refused(imagenet: ModuleType, data: Path, tmp_path: Path) -> None:
-    other = tmp_path / "data"
-    shutil.copytree(data, other)
-    shutil.rmtree(other / "val" / "class3")
-    assert "the class class3 is in only one of train and val" in refuse(imagenet, tmp_path / "run", "--data", other)
-    (other / "val" / "class3").mkdir()
-    assert "no valid file for the classes class3" in refuse(imagenet, tmp_path / "run", "--data", other)
-
-
-def test_a_diverged_run_ends_with_its_checkpoints_intact(
-    imagenet: ModuleType, finished: Path, data: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    with pytest.raises(SystemExit, match=r"the loss of epoch 1 is (nan|inf) by step 5; no checkpoint has it"):
-        imagenet.main(["--data", str(data), "--out", str(out), *SMALL, "--lr", "1e30"])
-    stopped = checkpoint(out / "last.pt")
-    assert (stopped["epoch"], stopped["step"]) == (0, 0)
-    assert all(value.isfinite().all() for value in stopped["model"].values())
-
-
-def truncate_an_image(data: Path, folder: Path, split: str) -> Path:
-    shutil.copytree(data, folder)
-    image = folder / split / "class2" / "1.jpeg"
-    image.write_bytes(image.read_bytes()[:500])
-    return image
-
-
-def test_a_corrupt_image_is_named(imagenet: ModuleType, data: Path, tmp_path: Path) -> None:
-    folder, out = tmp_path / "data", tmp_path / "run"
-    image = truncate_an_image(data, folder, "train")
-    message = f"^imagenet.py: error: cannot read the image {re.escape(str(image))}: .+$"
-    with pytest.raises(SystemExit, match=message):  # read by a worker process
-        imagenet.main([str(option) for option in ("--data", folder, "--out", out, *SMALL, "--workers", 1)])
-
-
-def test_a_corrupt_image_is_named_once_and_no_process_hangs(data: Path, tmp_path: Path) -> None:
-    """One process of two meets it, in validation, while the other waits for its sums."""
-    folder, out = tmp_path / "data", tmp_path / "run"
-    image = truncate_an_image(data, folder, "val")
-    done = run("--data", folder, "--out", out, *SMALL, "--epochs", 1, processes=2)
-    assert done.returncode != 0
-    (told,) = [line for line in done.stderr.splitlines() if "imagenet.py: error:" in line]
-    assert re.fullmatch(rf"imagenet\.py: error: cannot read the image {re.escape(str(image))}: .+", told)
-    assert f'File "{IMAGENET}"' not in done.stderr  # torchrun adds a traceback of its own
-    assert checkpoint(out / "last.pt")["epoch"] == 0
+def test_a_run_is_neither_overwritten_nor_spoilt(run: Any, data: Path, tmp_path: Path) -> None:
+    options = ("--data", data, *SMALL, "--loss", "ce", "--out", tmp_path)
+    run(*options, "--epochs", 1)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=rf"{tmp_path}/last\.pt exists: --resume goes on with that run"):
+        run(*options)
+    with pytest.raises(FloatingPointError, match=r"the loss after epoch 2 is (nan|inf)"):
+        run(*options, "--resume", "--lr", 1e30)
+    assert (tmp_path / "last.pt").read_bytes() == before
+    run(*options, "--resume")
+    assert [row["epoch"] for row in log(tmp_path)] == [1, 2]
