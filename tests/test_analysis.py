@@ -20,7 +20,7 @@ import torch._dynamo
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy_wsl import log_softmax
+from scipy.special import log_softmax
 from test_errors import INPUTS
 from test_loss import INF, NAN, SHAPES, STRIDED, problem, rows
 
