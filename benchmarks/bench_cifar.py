@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from bench_loss import RESULTS, machine, show, write
 from PIL import Image
 from torch import Tensor, nn
@@ -32,32 +31,30 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import cifar
 from cifar_models import MODELS
 
-MEAN, STD = cifar.DATASETS["cifar100"].mean, cifar.DATASETS["cifar100"].std
+MEAN, STD = cifar.DATASETS["cifar100"][2:]
 BATCH = 64
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
+def options(images: int, device: torch.device) -> argparse.Namespace:
+    given = ("--loss", "ce", "--out", "unused", "--batch-size", BATCH, "--fake-data", images, "--device", device)
+    return cifar.parse_args([str(option) for option in given])
+
+
 def on_the_device(images: int, device: torch.device) -> Batches:
     """Epoch after epoch, as the example makes its batches."""
-    split = cifar.fake_split("cifar100", images, 0)
-    padded = F.pad(split.images, (0, 0) + (cifar.PADDING,) * 4).to(device)
-    labels = split.labels.to(device)
-    train = cifar.Split(padded, labels)
-    data = cifar.Data(train, train, *(255 * torch.tensor(values, device=device) for values in (MEAN, STD)))
-    for epoch in itertools.count():
-        plan = cifar.plan_epoch(0, epoch, images, device)
-        for parts in zip(*(x.split(BATCH) for x in plan)):
-            part = cifar.Plan(*parts)
-            batch = cifar.crop_and_flip(padded, part)
-            yield cifar.normalise(batch, data, torch.float32, torch.contiguous_format), labels[part.order]
+    batches = cifar.Batches(options(images, device), train=True)
+    while True:
+        yield from batches
 
 
 class InMemory(Dataset[tuple[Tensor, int]]):
     """Images in memory, one at a time, as torchvision's CIFAR100 has them."""
 
-    def __init__(self, split: cifar.Split, transform: transforms.Compose) -> None:
-        self.images, self.labels, self.transform = split.images.numpy(), split.labels.tolist(), transform
+    def __init__(self, images: Tensor, labels: Tensor, transform: transforms.Compose) -> None:
+        self.images, self.labels = images.permute(0, 2, 3, 1).contiguous().numpy(), labels.tolist()
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,7 +74,7 @@ def from_a_loader(images: int, device: torch.device, workers: int) -> Batches:
         ]
     )
     loader = DataLoader(
-        InMemory(cifar.fake_split("cifar100", images, 0), transform),
+        InMemory(*cifar.load_split(options(images, device), train=True), transform),
         BATCH,
         shuffle=True,
         num_workers=workers,
