@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
 
 import lightning as L  # noqa: E402
-import wsl_lightning  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from wsl_lightning import Distillation  # noqa: E402
@@ -57,10 +54,8 @@ def make_teacher(classes: int = CLASSES) -> nn.Module:
 
 
 def make_data(count: int = 24) -> TensorDataset:
-    generator = torch.Generator().manual_seed(3)
-    return TensorDataset(
-        torch.randn(count, 6, generator=generator), torch.randint(CLASSES, (count,), generator=generator)
-    )
+    torch.manual_seed(3)
+    return TensorDataset(torch.randn(count, 6), torch.randint(CLASSES, (count,)))
 
 
 def make_module(**options: Any) -> Distillation:
@@ -84,17 +79,6 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def names_in(content: object) -> Iterator[str]:
-    """Every key of every dict, however deep."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield str(key)
-            yield from names_in(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from names_in(value)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -205,21 +189,13 @@ def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
     loaded = Distillation.load_from_checkpoint(path, student=fresh, teacher=teacher)
     assert_same(state(loaded.student), state(module.student))
     assert_same(state(loaded.teacher), before)
-    assert loaded.teacher is teacher
     assert not teacher.training
     assert loaded.criterion.temperature == 3.0
-    assert loaded.hparams == module.hparams
 
-
-def test_checkpoint_that_lacks_a_weight_of_the_student_is_refused(tmp_path: Path) -> None:
-    trainer, path = make_trainer(max_epochs=1), tmp_path / "last.ckpt"
-    trainer.fit(make_module(), loader(make_data()))
-    trainer.save_checkpoint(path)
-    content = torch.load(path, weights_only=True)
     del content["state_dict"]["student.0.bias"]
     torch.save(content, path)
     with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"student.0.bias\""):
-        Distillation.load_from_checkpoint(path, student=make_student(), teacher=make_teacher())
+        Distillation.load_from_checkpoint(path, student=make_student(), teacher=teacher)
 
 
 def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: Path) -> None:
@@ -232,7 +208,7 @@ def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: 
 
     fit(2)
     (path,) = tmp_path.iterdir()
-    assert not [name for name in names_in(torch.load(path, weights_only=True)) if "teacher" in name]
+    assert "teacher" not in str(torch.load(path, weights_only=True))
     resumed, whole = fit(3, resume_from=path), fit(3)
     assert_same(state(resumed.student), state(whole.student))
     assert_same(state(resumed.teacher), state(make_teacher()))
@@ -256,31 +232,20 @@ def test_batch_without_target_is_refused(batches: DataLoader, message: str) -> N
         make_trainer().fit(make_module(), batches)
 
 
-def test_validation_on_class_probabilities_is_refused() -> None:
+def test_validation_on_class_probabilities_and_a_teacher_of_other_classes_are_refused() -> None:
     data = TensorDataset(make_data().tensors[0], mixed_up(make_data().tensors[1]))
     with pytest.raises(ValueError, match=r"validation needs class indices .* as target, got torch.float32"):
         make_trainer().validate(make_module(), loader(data))
-
-
-def test_teacher_of_other_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must have the same shape, got \(4, 5\) and \(4, 7\)"):
         make_trainer().fit(Distillation(make_student(), make_teacher(7)), loader(make_data()))
 
 
-class Unfreeze(L.Callback):
-    """What puts no more than a part of the teacher into train mode, and goes round `Distillation.train`."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Distillation, batch: Any, batch_index: int) -> None:
-        if batch_index == 1:
-            module.teacher[1].train()
-
-
 def test_teacher_in_train_mode_is_refused() -> None:
+    """Of which a part was put there past `Distillation.train`."""
     module = make_module()
-    trainer = make_trainer(callbacks=[Unfreeze()])
+    module.teacher[1].register_forward_hook(lambda norm, *_: norm.train() and None)
     with pytest.raises(ValueError, match="the teacher must be in eval mode, but something has put it into train mode"):
-        trainer.fit(module, loader(make_data()))
-    assert trainer.global_step == 1
+        make_trainer().fit(module, loader(make_data()))
 
 
 def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
@@ -288,18 +253,14 @@ def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
     student = nn.Sequential(teacher[0], nn.Linear(8, CLASSES))
     with pytest.raises(ValueError, match="student and teacher must not share parameters"):
         Distillation(student, teacher)
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    Distillation(copy.deepcopy(student), teacher)
 
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
 
-def run(*command: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
-    )
+def run(*options: object) -> str:
+    command, environment = [sys.executable, *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -348,7 +309,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> No
     a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (one, two))
     torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=1e-6)
     assert a["global_step"] == b["global_step"] == 12
-    assert not [name for name in names_in(b) if "teacher" in name]
+    assert "teacher" not in str(b)
     assert_same(torch.load(two / "teacher.pt", weights_only=True), state(make_teacher()))
 
     rows = read_log(one)
@@ -366,12 +327,3 @@ def test_script_distils_on_two_processes(tmp_path: Path) -> None:
     assert 20 < float(accuracies[1]) <= 100
     (path,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {"student"}
-
-
-def test_script_refuses_an_option_out_of_range(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["wsl_lightning.py", "--temperature", "nan"])
-    with pytest.raises(SystemExit):
-        wsl_lightning.main()
-    assert capsys.readouterr().err.splitlines()[-1].endswith("error: temperature must be finite and > 0, got nan")
