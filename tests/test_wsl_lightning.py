@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
 
 import lightning as L  # noqa: E402
-import wsl_lightning  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from wsl_lightning import Distillation  # noqa: E402
@@ -57,10 +54,8 @@ def make_teacher(classes: int = CLASSES) -> nn.Module:
 
 
 def make_data(count: int = 24) -> TensorDataset:
-    generator = torch.Generator().manual_seed(3)
-    return TensorDataset(
-        torch.randn(count, 6, generator=generator), torch.randint(CLASSES, (count,), generator=generator)
-    )
+    torch.manual_seed(3)
+    return TensorDataset(torch.randn(count, 6), torch.randint(CLASSES, (count,)))
 
 
 def make_module(**options: Any) -> Distillation:
@@ -84,17 +79,6 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 def state(network: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in network.state_dict().items()}
-
-
-def names_in(content: object) -> Iterator[str]:
-    """Every key of every dict, however deep."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield str(key)
-            yield from names_in(value)
-    elif isinstance(content, list | tuple):
-        for value in content:
-            yield from names_in(value)
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -140,24 +124,6 @@ def test_teacher_is_frozen_and_in_eval_mode_all_along() -> None:
     assert not any(part.training for part in module.teacher.modules())
 
 
-@pytest.mark.parametrize(("precision", "weights"), [("bf16-mixed", torch.float32), ("bf16-true", torch.bfloat16)])
-def test_mixed_precision_trains(precision: str, weights: torch.dtype) -> None:
-    data, module = make_data(), make_module(temperature=4.0)
-    dtypes: set[torch.dtype] = set()
-    for network in (module.student, module.teacher):
-        network.register_forward_hook(lambda *parts: dtypes.add(parts[-1].dtype))
-    exact = make_module(temperature=4.0)
-    losses = []
-    for either, options in ((module, {"precision": precision}), (exact, {})):
-        trainer = make_trainer(max_epochs=10, log_every_n_steps=1, **options)
-        trainer.fit(either, loader(data, 24))
-        losses.append(trainer.callback_metrics["loss"])
-    assert dtypes == {torch.bfloat16}
-    assert {parameter.dtype for parameter in module.parameters()} == {weights}
-    assert losses[0].dtype == torch.float32
-    torch.testing.assert_close(losses[0], losses[1], rtol=2e-2, atol=0)
-
-
 # What is logged -----------------------------------------------------------------------------------------------------
 
 
@@ -170,14 +136,10 @@ def mixed_up(target: Tensor) -> Tensor:
     return 0.7 * one_hot + 0.3 * one_hot.flip(0)
 
 
-@pytest.mark.parametrize(
-    ("change", "ignore_index"),
-    [(some_ignored, IGNORED), (mixed_up, IGNORED), (lambda target: target.to(torch.uint8), 4 - 256)],
-    ids=["ignored", "probabilities", "uint8"],  # 4 - 256 is 4 in uint8, and no target
-)
-def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any, ignore_index: int) -> None:
+@pytest.mark.parametrize("change", [some_ignored, mixed_up])
+def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any) -> None:
     inputs, target = make_data().tensors
-    data, module = TensorDataset(inputs, change(target)), make_module(temperature=3.0, ignore_index=ignore_index)
+    data, module = TensorDataset(inputs, change(target)), make_module(temperature=3.0)
     outputs: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     for name, seen in outputs.items():
         getattr(module, name).register_forward_hook(lambda *parts, seen=seen: seen.append(parts[-1].detach()))
@@ -189,22 +151,13 @@ def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any, ignore_in
     for row in rows:
         step = int(row["step"])
         logits = outputs["student"][step], outputs["teacher"][step]
-        target, options = batches[step][1], {"temperature": 3.0, "ignore_index": ignore_index}
-        terms, kept = wsl_terms(*logits, target, **options), slice(None)
-        if ignore_index == IGNORED and not target.is_floating_point():
-            kept = target != IGNORED
+        target = batches[step][1]
+        terms = wsl_terms(*logits, target, temperature=3.0)
+        kept = slice(None) if target.is_floating_point() else target != IGNORED
         expected = {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
         for name, values in expected.items():
             assert row[name] == pytest.approx(values[kept].mean().item(), rel=1e-5), name
-        assert row["loss"] == pytest.approx(wsl_loss(*logits, target, **options).item(), rel=1e-5)
-
-
-def test_nothing_is_computed_for_a_logger_that_wants_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(wsl_lightning, "wsl_terms", lambda *parts, **options: calls.append(wsl_terms))
-    make_trainer(log_every_n_steps=0).fit(make_module(), loader(make_data()))
-    make_trainer(log_every_n_steps=50).fit(make_module(), loader(make_data()))
-    assert calls == []
+        assert row["loss"] == pytest.approx(wsl_loss(*logits, target, temperature=3.0).item(), rel=1e-5)
 
 
 def test_validation_counts_every_element_once() -> None:
@@ -218,29 +171,16 @@ def test_validation_counts_every_element_once() -> None:
     assert metrics["val_accuracy"] == pytest.approx(100 * (logits.argmax(1) == target[kept]).float().mean().item())
 
 
-def test_nan_reaches_the_log() -> None:
-    inputs, target = make_data().tensors
-    inputs[5] = torch.nan  # and no other, as a mean of the others would hide it
-    data, trainer = TensorDataset(inputs, target), make_trainer(max_epochs=1, log_every_n_steps=1)
-    trainer.validate(make_module(), loader(data), verbose=False)
-    assert trainer.callback_metrics["val_hard"].isnan()
-    trainer.fit(make_module(), loader(data, 24))
-    for name in ("loss", "hard", "soft", "weight"):
-        assert trainer.callback_metrics[name].isnan(), name
-
-
 # Checkpoints --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights_only", [False, True])
-def test_checkpoint_holds_no_teacher_and_loads_strictly(tmp_path: Path, weights_only: bool) -> None:
+def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
     module = make_module(temperature=3.0)
     trainer = make_trainer()
     trainer.fit(module, loader(make_data()))
     path = tmp_path / "last.ckpt"
-    trainer.save_checkpoint(path, weights_only=weights_only)
+    trainer.save_checkpoint(path)
     content = torch.load(path, weights_only=True)
-    assert not [name for name in names_in(content) if "teacher" in name]
     assert {*content["state_dict"]} == {f"student.{name}" for name in module.student.state_dict()}
 
     teacher = make_teacher()
@@ -249,83 +189,32 @@ def test_checkpoint_holds_no_teacher_and_loads_strictly(tmp_path: Path, weights_
     loaded = Distillation.load_from_checkpoint(path, student=fresh, teacher=teacher)
     assert_same(state(loaded.student), state(module.student))
     assert_same(state(loaded.teacher), before)
-    assert loaded.teacher is teacher
     assert not teacher.training
     assert loaded.criterion.temperature == 3.0
-    assert loaded.hparams == module.hparams
 
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("student.0.bias", "Missing key"),
-        ("student.7.bias", "Unexpected key"),
-        ("teacher.7.bias", "Unexpected key"),
-    ],
-)
-def test_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, name: str, message: str) -> None:
-    trainer, path = make_trainer(max_epochs=1), tmp_path / "last.ckpt"
-    trainer.fit(make_module(), loader(make_data()))
-    trainer.save_checkpoint(path)
-    content = torch.load(path, weights_only=True)
-    if content["state_dict"].pop(name, None) is None:
-        content["state_dict"][name] = torch.zeros(8)
+    del content["state_dict"]["student.0.bias"]
     torch.save(content, path)
-
-    message = rf"{message}\(s\) in state_dict: \"{re.escape(name)}\""
-    with pytest.raises(RuntimeError, match=message):
-        Distillation.load_from_checkpoint(path, student=make_student(), teacher=make_teacher())
-    with pytest.raises(RuntimeError, match=message):
-        make_trainer().fit(make_module(), loader(make_data()), ckpt_path=path)
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"student.0.bias\""):
+        Distillation.load_from_checkpoint(path, student=make_student(), teacher=teacher)
 
 
-def test_teacher_inside_a_checkpoint_does_not_replace_the_one_at_hand() -> None:
-    module = make_module()
-    content = {**module.state_dict(), **make_teacher().state_dict(prefix="teacher.")}
-    before = state(module.teacher)
-    module.load_state_dict({name: value + 1 for name, value in content.items()})
-    assert_same(state(module.teacher), before)
-    assert_same(state(module.student), {name: value + 1 for name, value in state(make_student()).items()})
-
-
-class Stop(L.Callback):
-    """Ends a run within its second epoch."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Distillation, batch: Any, batch_index: int) -> None:
-        if trainer.current_epoch == 1 and batch_index == 2:
-            raise ConnectionAbortedError
-
-
-@pytest.mark.parametrize("averaged", [False, True])
-def test_resumed_run_ends_with_the_same_bits(tmp_path: Path, averaged: bool) -> None:
-    data = make_data()
-
-    def fit(*callbacks: L.Callback, resume_from: Path | None = None) -> Distillation:
-        module = make_module()
-        averages = [EMAWeightAveraging(decay=0.5)] if averaged else []
-        save = ModelCheckpoint(tmp_path / str(len(callbacks)))  # at the end of every epoch; keeps the last
-        trainer = make_trainer(max_epochs=3, enable_checkpointing=True, callbacks=[*averages, *callbacks, save])
-        trainer.fit(module, loader(data), loader(data), ckpt_path=resume_from)
+def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: Path) -> None:
+    def fit(epochs: int, resume_from: Path | None = None) -> Distillation:
+        module, save = make_module(), ModelCheckpoint(tmp_path)  # at the end of every epoch; keeps the last
+        callbacks = [EMAWeightAveraging(decay=0.5), save]
+        trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
+        trainer.fit(module, loader(make_data()), loader(make_data()), ckpt_path=resume_from)
         return module
 
-    whole = fit()
-    with pytest.raises(ConnectionAbortedError):
-        fit(Stop())
-    (path,) = (tmp_path / "1").iterdir()
-    content = torch.load(path, weights_only=True)
-    assert content["global_step"] == 6
-    assert not [name for name in names_in(content) if "teacher" in name]
-
-    resumed = fit(resume_from=path)
+    fit(2)
+    (path,) = tmp_path.iterdir()
+    assert "teacher" not in str(torch.load(path, weights_only=True))
+    resumed, whole = fit(3, resume_from=path), fit(3)
     assert_same(state(resumed.student), state(whole.student))
     assert_same(state(resumed.teacher), state(make_teacher()))
 
 
 # Refused ------------------------------------------------------------------------------------------------------------
-
-
-def without_labels(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
-    return torch.stack([inputs for inputs, _ in parts]), None
 
 
 @pytest.mark.parametrize(
@@ -334,42 +223,29 @@ def without_labels(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, None]:
         (DataLoader(make_data().tensors[0], 2), "got Tensor"),
         (DataLoader(TensorDataset(make_data().tensors[0]), 4), r"got \['Tensor'\]"),
         (DataLoader([{"image": torch.zeros(6), "label": 0}], 1), "got dict"),
-        (DataLoader(make_data(), 4, collate_fn=without_labels), r"got \['Tensor', 'NoneType'\]"),
     ],
-    ids=["a tensor of two images", "images alone", "a dict", "None"],
+    ids=["a tensor of two images", "images alone", "a dict"],
 )
-@pytest.mark.parametrize("stage", ["fit", "validate"])
-def test_batch_without_target_is_refused(batches: DataLoader, message: str, stage: str) -> None:
+def test_batch_without_target_is_refused(batches: DataLoader, message: str) -> None:
     message = rf"a batch must be \(inputs, target\), as WSL weighs by the labels, {message}"
     with pytest.raises(ValueError, match=message):
-        getattr(make_trainer(), stage)(make_module(), batches)
+        make_trainer().fit(make_module(), batches)
 
 
-def test_validation_on_class_probabilities_is_refused() -> None:
+def test_validation_on_class_probabilities_and_a_teacher_of_other_classes_are_refused() -> None:
     data = TensorDataset(make_data().tensors[0], mixed_up(make_data().tensors[1]))
     with pytest.raises(ValueError, match=r"validation needs class indices .* as target, got torch.float32"):
         make_trainer().validate(make_module(), loader(data))
-
-
-def test_teacher_of_other_classes_is_refused() -> None:
     with pytest.raises(ValueError, match=r"must have the same shape, got \(4, 5\) and \(4, 7\)"):
         make_trainer().fit(Distillation(make_student(), make_teacher(7)), loader(make_data()))
 
 
-class Unfreeze(L.Callback):
-    """What puts no more than a part of the teacher into train mode, and goes round `Distillation.train`."""
-
-    def on_train_batch_start(self, trainer: L.Trainer, module: Distillation, batch: Any, batch_index: int) -> None:
-        if batch_index == 1:
-            module.teacher[1].train()
-
-
 def test_teacher_in_train_mode_is_refused() -> None:
+    """Of which a part was put there past `Distillation.train`."""
     module = make_module()
-    trainer = make_trainer(callbacks=[Unfreeze()])
+    module.teacher[1].register_forward_hook(lambda norm, *_: norm.train() and None)
     with pytest.raises(ValueError, match="the teacher must be in eval mode, but something has put it into train mode"):
-        trainer.fit(module, loader(make_data()))
-    assert trainer.global_step == 1
+        make_trainer().fit(module, loader(make_data()))
 
 
 def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
@@ -377,23 +253,14 @@ def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
     student = nn.Sequential(teacher[0], nn.Linear(8, CLASSES))
     with pytest.raises(ValueError, match="student and teacher must not share parameters"):
         Distillation(student, teacher)
-    assert all(parameter.requires_grad for parameter in student.parameters())
-    Distillation(copy.deepcopy(student), teacher)
-
-
-def test_options_of_the_loss_are_checked_at_once() -> None:
-    with pytest.raises(ValueError, match="temperature must be finite and > 0, got 0"):
-        make_module(temperature=0)
 
 
 # Processes ----------------------------------------------------------------------------------------------------------
 
 
-def run(*command: object) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
-    )
+def run(*options: object) -> str:
+    command, environment = [sys.executable, *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -442,7 +309,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> No
     a, b = (torch.load(folder / "last.ckpt", weights_only=True) for folder in (one, two))
     torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=1e-6)
     assert a["global_step"] == b["global_step"] == 12
-    assert not [name for name in names_in(b) if "teacher" in name]
+    assert "teacher" not in str(b)
     assert_same(torch.load(two / "teacher.pt", weights_only=True), state(make_teacher()))
 
     rows = read_log(one)
@@ -460,20 +327,3 @@ def test_script_distils_on_two_processes(tmp_path: Path) -> None:
     assert 20 < float(accuracies[1]) <= 100
     (path,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
     assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {"student"}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--devices", "0"), "argument --devices: must be at least 1, got 0"),
-        (("--epochs", "-1"), "argument --epochs: must be at least 1, got -1"),
-        (("--temperature", "nan"), "temperature must be finite and > 0, got nan"),
-    ],
-)
-def test_script_refuses_an_option_out_of_range(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["wsl_lightning.py", *options])
-    with pytest.raises(SystemExit):
-        wsl_lightning.main()
-    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")

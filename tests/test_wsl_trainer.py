@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import os
 import re
 import subprocess
@@ -24,11 +23,9 @@ for _module in ("transformers", "accelerate"):
 FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
 
-import wsl_trainer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForSequenceClassification,
     BertConfig,
-    BertForMaskedLM,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertLMHeadModel,
@@ -61,8 +58,8 @@ def make_model(kind: str, seed: int, layers: int = 1, dropout: float = 0.0, **op
     return KINDS[kind](BertConfig(**{**fixed, **size, **drop, **options})).double()
 
 
-def make_student(kind: str, **options: Any) -> PreTrainedModel:
-    return make_model(kind, seed=1, **options)
+def make_student(kind: str) -> PreTrainedModel:
+    return make_model(kind, seed=1)
 
 
 def make_teacher(kind: str) -> PreTrainedModel:
@@ -77,16 +74,10 @@ def make_data(kind: str, count: int = COUNT) -> list[Example]:
     for index in range(count):
         words = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
         labels = torch.randint(CLASSES, (LENGTH,), generator=generator)
-        types = torch.arange(LENGTH) // 3
         real = torch.arange(LENGTH) <= index * index % LENGTH
-        examples.append(
-            {
-                "input_ids": (words * real).tolist(),
-                "token_type_ids": types.tolist(),
-                "attention_mask": real.long().tolist(),
-                "labels": labels.where(real, -100).tolist() if kind == "token" else int(labels[0]),
-            }
-        )
+        inputs = {"input_ids": words * real, "token_type_ids": torch.arange(LENGTH) // 3, "attention_mask": real.long()}
+        target = labels.where(real, -100) if kind == "token" else labels[0]
+        examples.append({name: value.tolist() for name, value in {**inputs, "labels": target}.items()})
     return examples
 
 
@@ -119,32 +110,14 @@ def make_trainer(
     )
 
 
-def by_hand(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    """The loss by the reference, of the logits that the models give here."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    with torch.no_grad():
-        teacher_logits = copy.deepcopy(teacher).eval()(**inputs).logits
-    student_logits = student(**inputs).logits
-    return reference.wsl_loss(
-        student_logits.double().reshape(-1, CLASSES),
-        teacher_logits.double().reshape(-1, CLASSES),
-        batch["labels"].reshape(-1),
-        **WSL,
-        **options,
-    )
-
-
-def gradients_by_hand(
-    kind: str, data: list[Example], dtype: torch.dtype | None = None, **options: Any
-) -> dict[str, Tensor]:
-    """In float32 under autocast to `dtype`, if there is one."""
-    student, teacher = make_student(kind), make_teacher(kind)
-    if dtype is not None:
-        student, teacher = student.float(), teacher.float()
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        loss = by_hand(student, teacher, as_batch(data), **options)
+def by_hand(kind: str, data: list[Example], **options: Any) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by the reference, of the logits that the models give here."""
+    student, teacher, inputs = make_student(kind), make_teacher(kind).eval(), as_batch(data)
+    labels = inputs.pop("labels").reshape(-1)
+    logits = [model(**inputs).logits.reshape(-1, CLASSES) for model in (student, teacher)]
+    loss = reference.wsl_loss(logits[0], logits[1].detach(), labels, **WSL, **options)
     loss.backward()
-    return {name: parameter.grad for name, parameter in student.named_parameters()}
+    return loss.item(), {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
 class Recorder(TrainerCallback):
@@ -174,53 +147,29 @@ def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], error: float = 1e-12
         assert float((a[name] - b[name]).abs().max()) <= error * largest, name
 
 
-def assert_same_training(a: dict[str, Any], b: dict[str, Any]) -> None:
-    assert len(a["updates"]) == len(b["updates"]) == 3
-    for x, y in zip(a["updates"], b["updates"]):
-        assert_near(x, y)
-    assert a["losses"] == pytest.approx(b["losses"], rel=1e-6)
-    assert a["evaluated"] == pytest.approx(b["evaluated"], rel=1e-6)
-
-
 # The loss and its gradient ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_loss_and_gradient_are_those_of_the_reference(tmp_path: Path, kind: str, smoothing: float) -> None:
-    data = make_data(kind)
     options = {"per_device_train_batch_size": COUNT, "label_smoothing_factor": smoothing}
     trained = train_recorded(kind, tmp_path, **options)
+    loss, gradients = by_hand(kind, make_data(kind), label_smoothing=smoothing)
+    assert trained["losses"] == pytest.approx([loss], rel=1e-6)  # added up in float32
     (update,) = trained["updates"]
-    assert_near(update, gradients_by_hand(kind, data, label_smoothing=smoothing))
-    expected = by_hand(make_student(kind), make_teacher(kind), as_batch(data), label_smoothing=smoothing)
-    assert trained["losses"] == pytest.approx([expected.item()], rel=1e-6)  # added up in float32
+    assert_near(update, gradients)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_reports_the_loss(tmp_path: Path, kind: str) -> None:
-    trainer = make_trainer(kind, tmp_path, per_device_eval_batch_size=COUNT)
-    expected = by_hand(make_student(kind), make_teacher(kind), as_batch(make_data(kind)))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
-    unlabelled = [{k: v for k, v in example.items() if k != "labels"} for example in make_data(kind)]
-    assert trainer.predict(unlabelled).predictions.shape[-1] == CLASSES
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_mixed_precision_is_that_of_the_trainer(tmp_path: Path, kind: str) -> None:
+def test_mixed_precision_is_that_of_the_trainer(tmp_path: Path) -> None:
     """Student and teacher compute in bfloat16, the loss in float32."""
-    student, teacher, recorder = make_student(kind).float(), make_teacher(kind).float(), Recorder()
+    student, teacher, recorder = make_student("token").float(), make_teacher("token").float(), Recorder()
     options = {"bf16": True, "per_device_train_batch_size": COUNT}
-    trainer = make_trainer(kind, tmp_path, student=student, teacher=teacher, callbacks=[recorder], **options)
+    trainer = make_trainer("token", tmp_path, student=student, teacher=teacher, callbacks=[recorder], **options)
     trainer.train()
-    (update,) = recorder.updates
     assert trainer.teacher_logits.dtype == torch.bfloat16
-    assert all(gradient.dtype == torch.float32 for gradient in update.values())
-    data, exact = make_data(kind), gradients_by_hand(kind, make_data(kind))
-    assert_near(update, gradients_by_hand(kind, data, torch.bfloat16), error=1e-3)
-    assert_near(update, exact, error=0.05)
-    with pytest.raises(AssertionError):
-        assert_near(update, exact, error=1e-4)
+    assert all(gradient.dtype == torch.float32 for gradient in recorder.updates[0].values())
+    assert_near(recorder.updates[0], by_hand("token", make_data("token"))[1], error=0.05)
 
 
 # Parts of a batch ---------------------------------------------------------------------------------------------------
@@ -238,48 +187,33 @@ def main_of_a_process(out: Path) -> None:
     torch.distributed.destroy_process_group()  # or its threads may outlive the interpreter, which aborts then
 
 
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("processes")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [sys.executable, *torchrun, __file__, str(out)],
-        env={**os.environ, **ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return torch.load(out / "results.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_processes_and_accumulation_have_the_gradients_of_one_batch(
-    tmp_path: Path, two_processes: dict[str, dict[str, Any]], kind: str
-) -> None:
+def test_processes_and_accumulation_have_the_gradients_of_one_batch(tmp_path: Path) -> None:
     """Batches of 8, 8 and 7 examples, in two processes that accumulate two parts each."""
-    assert_same_training(two_processes[kind], train_recorded(kind, tmp_path))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_has_the_gradients_of_one_batch(tmp_path: Path, kind: str) -> None:
-    """Batches of 8, 8 and 7 examples in parts of 3, 3 and 2; the last has an odd part, too."""
-    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
-    assert_same_training(train_recorded(kind, tmp_path, **parts), train_recorded(kind, tmp_path))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = [sys.executable, *torchrun, __file__, str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for kind, parts in torch.load(tmp_path / "results.pt", weights_only=True).items():
+        whole = train_recorded(kind, tmp_path)
+        assert len(parts["updates"]) == len(whole["updates"]) == 3
+        for update, expected in zip(parts["updates"], whole["updates"]):
+            assert_near(update, expected)
+        assert parts["losses"] == pytest.approx(whole["losses"], rel=1e-6)
+        assert parts["evaluated"] == pytest.approx(whole["evaluated"], rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("average", [True, False])
 def test_data_parallel_keeps_the_scale(tmp_path: Path, kind: str, average: bool) -> None:
     """Whatever nn.DataParallel gathers, the loss is counted once. Without GPUs it runs its module in one part."""
-    data, recorder = make_data(kind), Recorder()
+    recorder = Recorder()
     options = {"per_device_train_batch_size": COUNT, "average_tokens_across_devices": average}
     trainer = make_trainer(kind, tmp_path, callbacks=[recorder], **options)
     trainer.args._n_gpu = 2
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.DataParallel)
     # The Trainer divides the number of labels in integers unless it averages.
-    assert_near(recorder.updates[0], gradients_by_hand(kind, data), error=1e-6 if average else 0.05)
+    assert_near(recorder.updates[0], by_hand(kind, make_data(kind))[1], error=1e-6 if average else 0.05)
 
 
 # The teacher --------------------------------------------------------------------------------------------------------
@@ -302,22 +236,8 @@ def test_teacher_stays_as_it_was_and_out_of_optimizer_and_checkpoint(tmp_path: P
     saved = tmp_path / "checkpoint-3"
     student = AutoModelForSequenceClassification.from_pretrained(saved)
     assert student.state_dict().keys() == make_student("sequence").state_dict().keys()
-    assert student.config.num_hidden_layers == 1
     weights = sum(parameter.numel() for parameter in student.parameters())
     assert (saved / "model.safetensors").stat().st_size < 8 * weights + 10_000
-
-
-def test_resumed_training_ends_with_the_same_bits(tmp_path: Path) -> None:
-    """With dropout and momentum, and from a checkpoint within an epoch."""
-    options = {"num_train_epochs": 2, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
-    whole, resumed = (
-        make_trainer("sequence", tmp_path, student=make_student("sequence", dropout=0.2), **options) for _ in range(2)
-    )
-    whole.train()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert whole.state.global_step == resumed.state.global_step == 6
-    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
-        assert torch.equal(a, b), name
 
 
 # Refused ------------------------------------------------------------------------------------------------------------
@@ -337,6 +257,7 @@ NAMES = ("north", "east", "south", "west")
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
+        (lambda: "bert-base-uncased", "teacher must be a model of transformers, got str"),
         (lambda: classifier(num_labels=3), "must have the same num_labels, got 4 and 3"),
         (lambda: classifier(vocab_size=31), "must have the same vocab_size, got 30 and 31"),
         (lambda: classifier(num_labels=1), "teacher must choose one of several labels, got num_labels = 1"),
@@ -345,13 +266,8 @@ NAMES = ("north", "east", "south", "west")
     ],
 )
 def test_refuses_a_teacher_that_does_not_fit(tmp_path: Path, teacher: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
         make_trainer("sequence", tmp_path, teacher=teacher())
-
-
-def test_refuses_what_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="teacher must be a model of transformers, got str"):
-        make_trainer("sequence", tmp_path, teacher="bert-base-uncased")  # type: ignore[arg-type]
 
 
 def test_refuses_labels_in_another_order(tmp_path: Path) -> None:
@@ -379,13 +295,6 @@ def test_refuses_a_batch_without_class_indices(tmp_path: Path, change: Any, mess
         make_trainer("sequence", tmp_path, data).train()
 
 
-def test_refuses_a_teacher_in_train_mode(tmp_path: Path) -> None:
-    trainer = make_trainer("sequence", tmp_path)
-    trainer.teacher.train()
-    with pytest.raises(ValueError, match="the teacher must stay in eval mode"):
-        trainer.train()
-
-
 def test_refuses_a_student_that_shares_layers_with_its_teacher(tmp_path: Path) -> None:
     student, teacher = make_student("sequence"), make_teacher("sequence")
     student.bert.encoder.layer[0] = teacher.bert.encoder.layer[0]
@@ -396,31 +305,16 @@ def test_refuses_a_student_that_shares_layers_with_its_teacher(tmp_path: Path) -
 def test_teacher_reads_token_types_that_the_student_does_not(tmp_path: Path) -> None:
     torch.manual_seed(1)
     config = DistilBertConfig(vocab_size=VOCABULARY, n_layers=1, n_heads=2, dim=16, num_labels=CLASSES)
-    student, data = DistilBertForSequenceClassification(config).double().eval(), make_data("sequence")
+    student = DistilBertForSequenceClassification(config).double()
     with pytest.raises(ValueError, match="pass remove_unused_columns=False"):
         make_trainer("sequence", tmp_path, student=student)
 
     options = {"remove_unused_columns": False, "per_device_eval_batch_size": COUNT}
-    loss = make_trainer("sequence", tmp_path, student=student, **options).evaluate()["eval_loss"]
-    batch = as_batch(data)
-    types = batch.pop("token_type_ids")
-    student_logits = student(batch["input_ids"], batch["attention_mask"]).logits
-    teacher = make_teacher("sequence").eval()
-    for token_type_ids, same in ((types, True), (None, False)):
-        teacher_logits = teacher(batch["input_ids"], batch["attention_mask"], token_type_ids).logits
-        expected = reference.wsl_loss(student_logits, teacher_logits, batch["labels"], **WSL)
-        assert (loss == pytest.approx(expected.item(), rel=1e-6)) is same
-
-
-def test_masked_language_models_are_classifiers_of_tokens(tmp_path: Path) -> None:
-    config = BertConfig(vocab_size=VOCABULARY, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
-    student, teacher = BertForMaskedLM(config), BertForMaskedLM(config)
-    trainer = make_trainer("token", tmp_path, student=student, teacher=teacher, per_device_eval_batch_size=COUNT)
-    batch = as_batch(make_data("token"))
-    labels = batch.pop("labels")
-    logits = [model.eval()(**batch).logits.transpose(1, 2) for model in (student, teacher)]
-    expected = reference.wsl_loss(*logits, labels, **WSL)
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-6)
+    trainer = make_trainer("sequence", tmp_path, student=student, **options)
+    seen: list[dict[str, Any]] = []
+    trainer.teacher.register_forward_pre_hook(lambda *parts: seen.append(parts[-1]), with_kwargs=True)
+    trainer.evaluate()
+    assert seen[0]["token_type_ids"].equal(as_batch(make_data("sequence"))["token_type_ids"])
 
 
 def test_the_trainer_is_at_most_30_lines() -> None:
@@ -430,14 +324,10 @@ def test_the_trainer_is_at_most_30_lines() -> None:
 # The script ---------------------------------------------------------------------------------------------------------
 
 
-def accuracies(output: str, who: str) -> list[float]:
-    (line,) = re.findall(rf"^{who}: (.*)$", output, flags=re.MULTILINE)
-    return [float(value) for value in re.findall(r"(\S+) %", line)]
-
-
-def test_script_trains_a_teacher_and_a_student_offline(tmp_path: Path) -> None:
+def test_script_trains_a_teacher_and_a_student(tmp_path: Path) -> None:
+    options = ("--epochs", "1", "--batch-size", "200", "--out", "out")
     done = subprocess.run(
-        [sys.executable, str(FRAMEWORKS / "wsl_trainer.py"), "--use_cpu", "--max_steps", "4", "--output_dir", "out"],
+        [sys.executable, str(FRAMEWORKS / "wsl_trainer.py"), *options],
         cwd=tmp_path,
         env={**os.environ, **ENVIRONMENT},
         capture_output=True,
@@ -445,130 +335,10 @@ def test_script_trains_a_teacher_and_a_student_offline(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    for who, layers, folder in (("teacher", 2, "out/teacher"), ("student", 1, "out")):
-        (accuracy,) = accuracies(done.stdout, who)
-        assert 0 < accuracy <= 100
-        saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / folder)
+    assert len(re.findall(r"^(?:teacher|student): \d+\.\d\d %$", done.stdout, flags=re.MULTILINE)) == 2
+    for name, layers in (("teacher", 2), ("student", 1)):
+        saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name)
         assert saved.config.num_hidden_layers == layers
-        assert saved.config.id2label == dict(enumerate(wsl_trainer.LABELS))
-
-
-def test_generated_labels_follow_from_the_sentences() -> None:
-    pairs = wsl_trainer.generate_pairs(500)
-    assert len(set(pairs)) == len({pair[:2] for pair in pairs}) == 500
-    assert {label for *_, label in pairs} == {0, 1, 2}
-    for premise, hypothesis, label in pairs:
-        first, second = re.fullmatch(r"a (\w+ \w+) is near a (\w+ \w+)", premise).groups()
-        thing, colour = re.fullmatch(r"the (\w+) is (\w+)", hypothesis).groups()
-        true = {name: seen for seen, name in (first.split(), second.split())}
-        expected = "neutral" if thing not in true else "entailment" if true[thing] == colour else "contradiction"
-        assert wsl_trainer.LABELS[label] == expected
-        assert set(f"{premise} {hypothesis}".split()) <= set(wsl_trainer.WORDS)
-
-
-@pytest.fixture(scope="module")
-def multinli(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Files in MultiNLI's form, with the labels that the teacher of three layers in `teacher` gives, in its order."""
-    folder = tmp_path_factory.mktemp("multinli")
-    torch.manual_seed(0)
-    task, labels = wsl_trainer.generated_task(), ["contradiction", "entailment", "neutral"]
-    config = copy.deepcopy(task.teacher.config)
-    config.update({"num_hidden_layers": 3, "initializer_range": 0.3, **wsl_trainer.named(labels)})
-    teacher = BertForSequenceClassification(config).double().eval()
-    teacher.save_pretrained(folder / "teacher")
-    task.tokenizer.save_pretrained(folder / "teacher")
-    config.update(wsl_trainer.named(["LABEL_0", "LABEL_1", "LABEL_2"]))
-    teacher.save_pretrained(folder / "unnamed")
-    task.tokenizer.save_pretrained(folder / "unnamed")
-
-    with torch.no_grad():
-        batch = wsl_trainer.collate(task.tokenizer, task.train[:48])
-        batch.pop("labels")
-        predictions = [labels[index] for index in teacher(**batch).logits.argmax(1).tolist()]
-    assert len(set(predictions)) > 1
-    rows = [
-        {"gold_label": label, "sentence1": premise, "sentence2": hypothesis, "genre": "fiction"}
-        for label, (premise, hypothesis, _) in zip(predictions, task.train)
-    ]
-    rows[5]["gold_label"] = "-"
-    for part in ("train", "dev_matched", "dev_mismatched"):
-        lines = (json.dumps(row) + "\n" for row in (rows if part != "dev_mismatched" else rows[:9]))
-        (folder / f"multinli_1.0_{part}.jsonl").write_text("".join(lines))
-    return folder
-
-
-def run_main(monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, *options: str, teacher: str = "teacher") -> None:
-    """The program without the seconds that a process takes to start."""
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-    data = ("--data", str(folder), "--teacher", str(folder / teacher))
-    fixed = ("--layers", "1", "--use_cpu", "--num_train_epochs", "1", "--output_dir", str(out))
-    monkeypatch.setattr(sys, "argv", ["wsl_trainer.py", *data, *fixed, *options])
-    wsl_trainer.main()
-
-
-def test_script_distils_a_saved_teacher_on_multinli_files(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], multinli: Path, tmp_path: Path
-) -> None:
-    """At a learning rate of 0, so that the student stays what it starts as."""
-    run_main(monkeypatch, multinli, tmp_path / "out", "--learning_rate", "0")
-    output = capsys.readouterr().out
-    assert accuracies(output, "teacher") == [100.0, 100.0]
-    assert len(accuracies(output, "student")) == 2
-    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-    teacher = AutoModelForSequenceClassification.from_pretrained(multinli / "teacher")
-    assert student.config.num_hidden_layers == 1
-    assert student.config.id2label == teacher.config.id2label
-    kept = {
-        name: value.float()
-        for name, value in teacher.state_dict().items()
-        if ".layer.0." in name or ".layer." not in name
-    }
-    assert student.state_dict().keys() == kept.keys()
-    assert all(torch.equal(value, kept[name]) for name, value in student.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    ("options", "teacher", "message"),
-    [
-        ((), "unnamed", "--labels must be entailment, neutral, contradiction in the order of the teacher, got label_0"),
-        (("--labels", "entailment", "neutral", "contradiction"), "unnamed", "are --labels in its order?"),
-        ((), "missing", "missing"),
-        (("--data", "nowhere"), "teacher", "No such file or directory: 'nowhere/multinli_1.0_train.jsonl'"),
-        (("--data", "."), "teacher", "multinli_1.0_train.jsonl' is not a .jsonl file of MultiNLI: KeyError"),
-    ],
-)
-def test_script_refuses(
-    monkeypatch: pytest.MonkeyPatch,
-    multinli: Path,
-    tmp_path: Path,
-    options: tuple[str, ...],
-    teacher: str,
-    message: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("multinli_1.0_train.jsonl").write_text('{"text": "something else"}\n')
-    with pytest.raises(SystemExit) as exit:
-        run_main(monkeypatch, multinli, tmp_path / "out", *options, teacher=teacher)
-    assert str(exit.value).startswith("wsl_trainer.py: error: ")
-    assert message in str(exit.value)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--teacher", "x"), "--teacher, --student and --labels need --data"),
-        (("--data", "x"), "--data needs a --teacher"),
-        (("--temperature", "0"), "temperature must be finite and > 0, got 0.0"),
-    ],
-)
-def test_script_refuses_options(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["wsl_trainer.py", *options])
-    with pytest.raises(SystemExit, match="2"):
-        wsl_trainer.main()
-    assert message in capsys.readouterr().err
 
 
 if __name__ == "__main__":

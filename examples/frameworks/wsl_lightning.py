@@ -166,7 +166,6 @@ def bring_teacher_along(module: Distillation, state: dict[str, Any], prefix: str
 
 TEST_IMAGES = 800
 STUDENT_IMAGES = 300
-BATCH = 50
 
 
 def load_splits() -> tuple[TensorDataset, TensorDataset]:
@@ -187,7 +186,7 @@ def train_teacher(data: TensorDataset, epochs: int = 20) -> nn.Module:
     )
     optimizer = torch.optim.Adam(teacher.parameters(), lr=3e-3)
     for _ in range(epochs):
-        for part in torch.randperm(len(images)).split(BATCH):
+        for part in torch.randperm(len(images)).split(50):
             optimizer.zero_grad()
             F.cross_entropy(teacher(images[part]), labels[part]).backward()
             optimizer.step()
@@ -202,25 +201,18 @@ def accuracy(network: nn.Module, data: TensorDataset) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--temperature", type=float, default=4.0, metavar="T", help="(4.0, the paper's CIFAR-100)")
-    option("--alpha", type=float, default=2.25, metavar="A", help="(2.25, the paper's CIFAR-100)")
-    option("--epochs", type=int, default=60, metavar="N", help="of the student (60)")
-    option("--devices", type=int, default=1, metavar="N", help="CPU processes (1)")
-    option("--seed", type=int, default=0, metavar="N", help="(0)")
-    option("--out", default=".", metavar="DIR", help="is to hold the folder lightning_logs (.)")
-    args = parser.parse_args()
-    for name in ("epochs", "devices"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name}: must be at least 1, got {getattr(args, name)}")
-    try:
-        WSLLoss(temperature=args.temperature, alpha=args.alpha)
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    option("--temperature", type=float, default=4.0, help="(4, the paper's for CIFAR-100)")
+    option("--alpha", type=float, default=2.25, help="(2.25, the paper's for CIFAR-100)")
+    option("--hard-weight", type=float, default=1.0, help="(1)")
+    option("--epochs", type=int, default=60, help="of the student (60)")
+    option("--batch-size", type=int, default=50, help="of all processes together (50)")
+    option("--lr", type=float, default=0.02, help="(0.02)")
+    option("--devices", type=int, default=1, help="CPU processes (1)")
+    option("--seed", type=int, default=0, help="(0)")
+    option("--out", default=".", help="is to hold the folder lightning_logs (.)")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -231,7 +223,8 @@ def main() -> None:
     train, test = load_splits()
     teacher = train_teacher(train)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    module = Distillation(student, teacher, temperature=args.temperature, alpha=args.alpha, learning_rate=0.02)
+    options = {"temperature": args.temperature, "alpha": args.alpha, "hard_weight": args.hard_weight}
+    module = Distillation(student, teacher, **options, learning_rate=args.lr)
 
     few = TensorDataset(*(x[:STUDENT_IMAGES] for x in train.tensors))
     logger = CSVLogger(args.out)
@@ -245,7 +238,7 @@ def main() -> None:
     )
     trainer.fit(
         module,
-        DataLoader(few, BATCH // args.devices, shuffle=True, drop_last=True),
+        DataLoader(few, args.batch_size // args.devices, shuffle=True, drop_last=True),
         DataLoader(test, TEST_IMAGES),
     )
     if trainer.is_global_zero:

@@ -31,36 +31,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+import study
 import torch
-from cifar import make_loss
-from digits import COLORS, confidence_interval, integer_from, positive
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from study import (
-    STUDENT_WIDTH,
-    Learner,
-    Row,
-    Task,
-    accuracy,
-    column,
-    count_seeds,
-    draw,
-    load_task,
-    make_network,
-    make_parser,
-    predict,
-    read_table,
-    run,
-    show,
-    steps_per_epoch,
-    train_epoch,
-    train_teachers,
-)
+from study import COLORS, Row, Task, column, confidence_interval, show
 from torch import Tensor, nn
 
 from weighted_soft_labels.analysis import bias_variance
@@ -68,7 +44,7 @@ from weighted_soft_labels.analysis import bias_variance
 PAPER_TEMPERATURE = 4.0  # CIFAR-100
 MEASURES = ("bias", "variance", "nll")
 LABELS = {"bias": "bias (nats)", "variance": "variance (nats)", "nll": "test NLL (nats)"}
-TRADES = ("bias_up_variance_down", "bias_up_variance_up", "bias_down_variance_down", "bias_down_variance_up")
+TRADES = (("up", "down"), ("up", "up"), ("down", "down"), ("down", "up"))  # what becomes of bias and of variance
 
 
 class Method(NamedTuple):
@@ -93,25 +69,25 @@ def methods(args: argparse.Namespace) -> list[Method]:
 
 def replicate(args: argparse.Namespace, seed: int) -> tuple[list[Row], dict[str, Tensor]]:
     """The rows of a seed, and the columns of its samples."""
-    task = load_task(args.dataset, args.data, args.device)
+    task = study.load_task(args.dataset, args.data, args.device)
     torch.manual_seed(seed)
-    parts = draw(task, args.train_images).tensor_split(args.models)
-    first = make_network(task, STUDENT_WIDTH)
+    parts = study.draw(task, args.train_images).tensor_split(args.models)
+    first = study.make_network(task, study.STUDENT_WIDTH)
     if args.shared_teacher:
-        teachers = train_teachers(task, torch.cat(parts), args.teacher_epochs) * args.models
+        teachers = study.train_teachers(task, torch.cat(parts), args.teacher_epochs) * args.models
     else:
-        teachers = [teacher for part in parts for teacher in train_teachers(task, part, args.teacher_epochs)]
+        teachers = [teacher for part in parts for teacher in study.train_teachers(task, part, args.teacher_epochs)]
 
-    def student(method: Method, part: Tensor, teacher: nn.Module) -> Learner:
-        loss = make_loss(method.loss.lower(), method.temperature, args.alpha)
-        steps = args.epochs * steps_per_epoch(len(part))
-        return Learner(copy.deepcopy(first), loss, steps, None if method.temperature is None else teacher)
+    def student(method: Method, part: Tensor, teacher: nn.Module) -> study.Learner:
+        loss = study.make_loss(method.loss, method.temperature, args.alpha)
+        steps = args.epochs * study.steps_per_epoch(len(part))
+        return study.Learner(copy.deepcopy(first), loss, steps, None if method.temperature is None else teacher)
 
     students = [[student(method, *of) for method in methods(args)] for of in zip(parts, teachers)]
     rows = []
     for epoch in range(1, args.epochs + 1):
         for part, learners in zip(parts, students):
-            train_epoch(task, part, learners)
+            study.train_epoch(task, part, learners)
         if epoch in snapshots(args.epochs):
             found = {method: measure(task, learners) for method, learners in zip(methods(args), zip(*students))}
             rows += [make_row(seed, epoch, method, found) for method in found]
@@ -123,16 +99,19 @@ def snapshots(epochs: int) -> list[int]:
     return sorted({max(1, round(share * epochs)) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
 
 
-def measure(task: Task, learners: Sequence[Learner]) -> Measured:
-    logits = torch.stack([predict(task, learner.network) for learner in learners])
-    return Measured(*bias_variance(logits, task.test_labels), accuracy(logits, task.test_labels))
+def measure(task: Task, learners: Sequence[study.Learner]) -> Measured:
+    logits = torch.stack([study.predict(task, learner.network) for learner in learners])
+    return Measured(*bias_variance(logits, task.test_labels), study.accuracy(logits, task.test_labels))
 
 
 def make_row(seed: int, epoch: int, method: Method, found: dict[Method, Measured]) -> Row:
     """Means over the test images, and how often bias and variance went which way from CE to this method."""
     bias, variance, percent = found[method]
     ce = found[Method("CE", None)]
-    up, down = (bias > ce.bias, variance > ce.variance), (bias < ce.bias, variance < ce.variance)
+    biases, variances = (
+        {"up": new > old, "down": new < old} for new, old in ((bias, ce.bias), (variance, ce.variance))
+    )
+    trades = {f"bias_{i}_variance_{j}": (biases[i] & variances[j]).float().mean().item() for i, j in TRADES}
     return {
         "seed": seed,
         "loss": method.loss,
@@ -142,10 +121,7 @@ def make_row(seed: int, epoch: int, method: Method, found: dict[Method, Measured
         "variance": variance.double().mean().item(),
         "nll": (bias + variance).double().mean().item(),
         "accuracy": percent,
-        "bias_up_variance_down": (up[0] & down[1]).float().mean().item(),
-        "bias_up_variance_up": (up[0] & up[1]).float().mean().item(),
-        "bias_down_variance_down": (down[0] & down[1]).float().mean().item(),
-        "bias_down_variance_up": (down[0] & up[1]).float().mean().item(),
+        **trades,
     }
 
 
@@ -177,7 +153,7 @@ def make_tables(results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str,
 
 
 def report(out: Path, options: Row) -> None:
-    rows, samples = (read_table(out / f"{name}.csv") for name in ("bias_variance", "bias_variance_samples"))
+    rows, samples = (study.read_table(out / f"{name}.csv") for name in ("bias_variance", "bias_variance_samples"))
     print_report(rows, options)
     save_figure(out / "bias_variance.png", rows, options)
     save_samples_figure(out / "bias_variance_samples.png", samples, options)
@@ -186,24 +162,23 @@ def report(out: Path, options: Row) -> None:
 
 def print_report(rows: list[Row], options: Row) -> None:
     last = [row for row in rows if row["epoch"] == options["epochs"]]
-    print(f"\n{options['models']} students a loss, {count_seeds(rows)} seeds, after {options['epochs']} epochs:")
+    print(f"\n{options['models']} students a loss, {study.count_seeds(rows)} seeds, after {options['epochs']} epochs:")
     print("mean over the seeds +- half a 95 % confidence interval (Student's t)\n")
     print(f"{'':14}{'bias':>18}{'variance':>18}{'test NLL':>18}{'accuracy, %':>16}")
     for method in methods_of(last):
-        where = method._asdict()
-        cells = [show(column(last, name, **where), 4) for name in MEASURES]
-        print(f"{title(method):14}" + "".join(f"{cell:>18}" for cell in cells), end="")
-        print(f"{show(column(last, 'accuracy', **where)):>16}")
+        cells = [show(column(last, name, **method._asdict()), 4) for name in MEASURES]
+        percent = show(column(last, "accuracy", **method._asdict()))
+        print(f"{title(method):14}" + "".join(f"{cell:>18}" for cell in cells) + f"{percent:>16}")
 
     print("\nDifferences within a seed\n")
     for a, b in pairs(methods_of(last)):
-        values = [column(last, name, **a._asdict()) - column(last, name, **b._asdict()) for name in MEASURES]
-        print(f"{title(a) + ' - ' + b.loss:14}" + "".join(f"{show(value, 4, '+'):>18}" for value in values), end="")
-        difference = column(last, "accuracy", **a._asdict()) - column(last, "accuracy", **b._asdict())
-        print(f"{show(difference, 2, '+'):>16}")
+        names = (*MEASURES, "accuracy")
+        *values, percent = (column(last, name, **a._asdict()) - column(last, name, **b._asdict()) for name in names)
+        cells = "".join(f"{show(value, 4, '+'):>18}" for value in values)
+        print(f"{title(a) + ' - ' + b.loss:14}{cells}{show(percent, 2, '+'):>16}")
 
     print("\nTest images, in %, by what became of them from CE to the other loss\n")
-    print(f"{'bias, variance':14}{'up, down':>18}{'up, up':>18}{'down, down':>18}{'down, up':>18}")
+    print("bias, variance" + "".join(f"{', '.join(trade):>18}" for trade in TRADES))
     for method in methods_of(last)[1:]:
         print_trades(title(method), last, method)
     method = Method("KD", shown(options["temperatures"]))
@@ -213,7 +188,8 @@ def print_report(rows: list[Row], options: Row) -> None:
 
 
 def print_trades(name: str, rows: list[Row], method: Method) -> None:
-    cells = [show(100 * column(rows, trade, **method._asdict()), 1) for trade in TRADES]
+    shares = [column(rows, f"bias_{bias}_variance_{variance}", **method._asdict()) for bias, variance in TRADES]
+    cells = [show(100 * share, 1) for share in shares]
     print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells))
 
 
@@ -233,7 +209,8 @@ def pairs(found: list[Method]) -> list[tuple[Method, Method]]:
 
 def save_figure(path: Path, rows: list[Row], options: Row) -> None:
     """Above against the epoch, at one temperature; below against the temperature, after the last epoch."""
-    figure, axes = plt.subplots(2, len(MEASURES), figsize=(11, 6.4), layout="constrained")
+    figure = Figure(figsize=(11, 6.4), layout="constrained")
+    axes = figure.subplots(2, len(MEASURES))
     temperature = shown(options["temperatures"])
     last = [row for row in rows if row["epoch"] == options["epochs"]]
     for measure, above, below in zip(MEASURES, *axes):
@@ -259,10 +236,9 @@ def save_figure(path: Path, rows: list[Row], options: Row) -> None:
         below.set_xscale("log", base=2)
         below.set_xticks(temperatures, [f"{T:g}" for T in temperatures])
     teachers = "one teacher for all" if options["shared_teacher"] else "a teacher for each student"
-    title = f"{options['dataset']}, {teachers}: mean and 95 % interval over {count_seeds(rows)} seeds"
+    title = f"{options['dataset']}, {teachers}: mean and 95 % interval over {study.count_seeds(rows)} seeds"
     figure.suptitle(title, fontsize=11)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def errorbar(axis: Axes, x: list[float], values: list[Tensor], loss: str) -> None:
@@ -272,7 +248,8 @@ def errorbar(axis: Axes, x: list[float], values: list[Tensor], loss: str) -> Non
 
 def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
     """A point a test image: what KD and WSL make of its bias and its variance, against CE."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.6, 4.4), layout="constrained", sharex=True, sharey=True)
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharex=True, sharey=True)
     values = {name: torch.tensor([row[name] for row in samples]) for name in samples[0]}
     for axis, loss in zip(axes, ("KD", "WSL")):
         change = [values[f"{name}_{loss}"] - values[f"{name}_CE"] for name in ("bias", "variance")]
@@ -287,17 +264,16 @@ def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
     axes[0].set_ylabel("change in variance from CE (nats)")
     figure.suptitle(f"{options['dataset']}: {len(samples)} test images, means over the seeds", fontsize=11)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # The command line ---------------------------------------------------------------------------------------------------
 
 
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, epochs=50, teacher_epochs=50, seeds=4, out="runs/bias_variance")
+    parser = study.make_parser(__doc__, epochs=50, out="runs/bias_variance")
     option = parser.add_argument
-    option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0, 8.0], metavar="T", help="(1 2 4 8)")
-    option("--models", type=integer_from(2), default=4, metavar="M", help="parts of the training set, >= 2 (4)")
+    option("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0, 8.0], help="(1 2 4 8)")
+    option("--models", type=int, default=4, help="parts of the training set, >= 2 (4)")
     option("--shared-teacher", action="store_true", help="one teacher, trained on all parts")
     args = parser.parse_args()
     args.temperatures = sorted(set(args.temperatures))
@@ -305,7 +281,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    run(parse_args(), replicate, make_tables, report)
+    study.run(parse_args(), replicate, make_tables, report)
 
 
 if __name__ == "__main__":

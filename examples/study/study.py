@@ -12,32 +12,38 @@ import copy
 import csv
 import io
 import json
+import math
 import multiprocessing
 import os
 import platform
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from cifar import DATASETS, Refusal, load_split, open_device
-from digits import confidence_interval, distort, integer_from, load_splits, positive, shift
+from scipy.stats import t as student_t
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from weighted_soft_labels import wsl_loss
 
 BATCH = 100
 EVALUATION_BATCH = 500
 LR = 0.01
 STUDENT_WIDTH = 8
 TEACHER_WIDTH = 24
+COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00", "dropped": "#009e73", "uniform": "#cc79a7"}
+DATASETS = {  # torchvision's name; mean and standard deviation of the training set, by channel, for pixels from 0 to 1
+    "cifar100": ("CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
+}
 
 Result = TypeVar("Result")
 Row = dict[str, Any]
@@ -54,28 +60,53 @@ class Task(NamedTuple):
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
-    classes: int
     augment: Callable[[Tensor], Tensor]
 
 
 @cache
 def load_task(dataset: str, root: Path, device: torch.device) -> Task:
     if dataset == "digits":
-        torch.manual_seed(0)  # the same test images, with the same noise, for every seed of the study
-        splits, classes, augment = load_splits(), 10, distort
+        splits, augment = load_digits(), distort
     else:
-        if not root.is_dir():
-            raise Refusal(f"there is no folder {str(root)!r}: make it, and {dataset} is downloaded into it")
-        splits = (x for train in (True, False) for x in normalised(dataset, root, train))
-        classes, augment = DATASETS[dataset].classes, shift_and_flip
-    return Task(*(x.to(device) for x in splits), classes, augment)
+        splits, augment = (x for train in (True, False) for x in load_split(dataset, root, train)), shift_and_flip
+    return Task(*(x.to(device) for x in splits), augment)
 
 
-def normalised(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    images, labels = load_split(dataset, root, train)
-    channels = images.shape[-1]
-    mean, std = (255 * torch.tensor(values[:channels]) for values in DATASETS[dataset][1:3])
-    return ((images - mean) / std).permute(0, 3, 1, 2).contiguous(), labels
+def load_digits() -> tuple[Tensor, ...]:
+    """The 800 test images come in ten distorted versions each, the same for every seed of the study."""
+    from sklearn import datasets
+
+    digits = datasets.load_digits()
+    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    torch.manual_seed(0)
+    test, train = torch.randperm(len(images)).split([800, len(images) - 800])
+    test = test.repeat(10)
+    return images[train], labels[train], distort(images[test]), labels[test]
+
+
+def load_split(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    """Downloaded to `root` unless it is there; normalised, and padded to 32 x 32."""
+    import torchvision  # here, as it is slow to import and not always needed
+
+    name, mean, std = DATASETS[dataset]
+    split = getattr(torchvision.datasets, name)(root, train=train, download=True)
+    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
+    if name == "FashionMNIST":
+        images = F.pad(images, (2, 2, 2, 2)).unsqueeze(3)
+    images = (images - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
+    return images.permute(0, 3, 1, 2).contiguous(), labels
+
+
+def shift(images: Tensor) -> Tensor:
+    """Every image shifted by up to one pixel in each direction."""
+    n, _, height, width = images.shape
+    windows = F.pad(images, (1, 1, 1, 1)).unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
+
+
+def distort(images: Tensor) -> Tensor:
+    shifted = shift(images)
+    return shifted + 0.2 * torch.randn_like(shifted)
 
 
 def shift_and_flip(images: Tensor) -> Tensor:
@@ -88,23 +119,39 @@ def draw(task: Task, count: int | None) -> Tensor:
     """Indices of `count` training images, or of all of them, in random order."""
     available = len(task.train_labels)
     if count is not None and count > available:
-        raise Refusal(f"--train-images {count}: there are {available}")
+        raise ValueError(f"--train-images {count}: there are {available}")
     return torch.randperm(available)[:count]
 
 
-# Networks and training ----------------------------------------------------------------------------------------------
+# Networks, losses, training -----------------------------------------------------------------------------------------
 
 
 def make_network(task: Task, width: int) -> nn.Module:
     """Three convolutions, which shrink the image to 4 x 4. Some 10,000 weights if the width is 8."""
     channels, size = task.train_images.shape[1:3]
+    classes = int(task.train_labels.max()) + 1
     layers: list[nn.Module] = []
     for out in (width, 2 * width, 4 * width):
         stride = 2 if size > 4 else 1
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
         channels, size = out, size // stride
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, task.classes))
+    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, classes))
     return network.to(task.train_images.device, memory_format=torch.channels_last)
+
+
+def make_loss(name: str, temperature: float | None = None, alpha: float = 0.0, label_smoothing: float = 0.0) -> Loss:
+    def ce(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
+        return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
+
+    def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (student_logits, teacher_logits))
+        soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
+
+    def wsl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        return wsl_loss(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha)
+
+    return {"CE": ce, "KD": kd, "WSL": wsl}[name]
 
 
 class Learner:
@@ -146,7 +193,7 @@ def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch
     seen = []
     for batch in drawn[torch.randperm(len(drawn))].to(task.train_labels.device).split(BATCH):
         images, labels = task.augment(task.train_images[batch]), task.train_labels[batch]
-        with torch.no_grad():
+        with torch.inference_mode():
             taught = {teacher: teacher(images) for teacher in teachers}
         logits = [learner.step(images, taught.get(learner.teacher), labels) for learner in learners]
         seen.append((labels, *taught.values(), *logits))
@@ -155,23 +202,17 @@ def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch
 
 
 def train_teachers(task: Task, drawn: Tensor, epochs: int, smoothings: Iterable[float] = (0.0,)) -> list[nn.Module]:
-    """One for every label smoothing, alike but for it; in evaluation mode and without gradients."""
+    """One for every label smoothing, alike but for it; in evaluation mode."""
     steps = epochs * steps_per_epoch(len(drawn))
     first = make_network(task, TEACHER_WIDTH)
-    learners = [Learner(copy.deepcopy(first), cross_entropy(smoothing), steps) for smoothing in smoothings]
+    losses = [make_loss("CE", label_smoothing=smoothing) for smoothing in smoothings]
+    learners = [Learner(copy.deepcopy(first), loss, steps) for loss in losses]
     for _ in range(epochs):
         train_epoch(task, drawn, learners)
-    return [learner.network.eval().requires_grad_(False) for learner in learners]
+    return [learner.network.eval() for learner in learners]
 
 
-def cross_entropy(label_smoothing: float = 0.0) -> Loss:
-    def loss(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
-        return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
-
-    return loss
-
-
-@torch.no_grad()
+@torch.inference_mode()
 def predict(task: Task, network: nn.Module) -> Tensor:
     """Logits of the test images."""
     network.eval()
@@ -193,26 +234,15 @@ def run_seeds(
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(args.workers, args.seeds), context, initializer=start_worker) as pool:
         futures = {pool.submit(replicate, args, seed): seed for seed in range(args.seeds)}
-        try:
-            for future in tqdm(as_completed(futures), total=args.seeds, unit="seed"):
-                yield futures[future], future.result()
-        except BaseException:  # an interrupt, too: nobody is to wait for seeds whose results are not wanted
-            for worker in multiprocessing.active_children():
-                worker.kill()
-            raise
+        for future in tqdm(as_completed(futures), total=args.seeds, unit="seed"):
+            yield futures[future], future.result()
 
 
 def start_worker() -> None:
     """One thread: more gain little on networks this small. And no worker outlives a program that was killed."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the program's own to handle
     parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 # Results: tables as CSV, from which alone reports and figures are made ----------------------------------------------
@@ -248,10 +278,7 @@ def read_table(path: Path) -> list[Row]:
 
 
 def count_seeds(rows: Iterable[Row]) -> int:
-    seeds = len({row["seed"] for row in rows})
-    if seeds < 2:
-        raise Refusal(f"an interval needs at least two seeds, and {seeds} is finished")
-    return seeds
+    return len({row["seed"] for row in rows})
 
 
 def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
@@ -260,8 +287,13 @@ def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
     return torch.tensor([found[seed] for seed in sorted(found)], dtype=torch.float64)
 
 
+def confidence_interval(values: Tensor) -> tuple[float, float]:
+    """Mean of at least two values, and half the width of its 95 % confidence interval by Student's t."""
+    half = student_t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return values.mean().item(), half.item()
+
+
 def show(values: Tensor, digits: int = 2, sign: str = "") -> str:
-    """Mean and half the width of its 95 % confidence interval."""
     mean, half = confidence_interval(values)
     return f"{mean:{sign}.{digits}f} +- {half:.{digits}f}"
 
@@ -288,22 +320,21 @@ def processor() -> str:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def make_parser(doc: str, *, epochs: int, teacher_epochs: int, seeds: int, out: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [options]", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser(doc: str, *, epochs: int, out: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
     option("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
-    option("--data", type=Path, default=Path("data"), metavar="DIR", help="holds the dataset, or is to hold it (data)")
-    option("--train-images", type=integer_from(BATCH), metavar="N", help=f"drawn for each seed, >= {BATCH} (all)")
-    option("--seeds", type=integer_from(2), default=seeds, metavar="N", help=f">= 2 ({seeds})")
-    option("--epochs", type=integer_from(1), default=epochs, metavar="N", help=f"of a student ({epochs})")
-    option("--teacher-epochs", type=integer_from(1), default=teacher_epochs, metavar="N", help=f"({teacher_epochs})")
-    option("--alpha", type=positive, default=2.25, metavar="A", help="of KD and WSL (2.25, the paper's CIFAR-100)")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(cuda if there is one, else cpu)")
-    workers = os.cpu_count() or 1
-    option("--workers", type=integer_from(1), default=workers, metavar="N", help=f"seeds side by side ({workers})")
-    option("--out", type=Path, default=Path(out), metavar="DIR", help=f"folder of the results; made if needed ({out})")
+    option(
+        "--data", type=Path, default=Path("data"), help="folder of the dataset, downloaded if it is not there (data)"
+    )
+    option("--train-images", type=int, help="drawn for each seed (all)")
+    option("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
+    option("--epochs", type=int, default=epochs, help=f"of a student ({epochs})")
+    option("--teacher-epochs", type=int, default=epochs, help=f"({epochs})")
+    option("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)")
+    option("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    option("--workers", type=int, default=os.cpu_count(), help="seeds side by side (as many as there are cores)")
+    option("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
     option("--report", action="store_true", help="print and draw what --out holds, without any training")
     return parser
 
@@ -314,39 +345,25 @@ def run(
     tables: Callable[[list[Result]], dict[str, list[Row]]],
     report: Callable[[Path, Row], None],
 ) -> None:
-    """Train unless only a report was asked for, then report; what has to be refused is, in one line.
+    """Train unless only a report was asked for, then report.
 
     After every seed there is a complete table of the seeds so far, under the names that `tables` gives them, and a file
     of options and hardware under the script's own name.
     """
-    script = Path(sys.argv[0])
-    described = args.out / f"{script.stem}.json"
-    try:
-        if not args.report:
-            train(args, described, replicate, tables)
-        if not described.is_file():
-            raise Refusal(f"there is no file {str(described)!r}: run without --report first")
-        report(args.out, json.loads(described.read_text()))
-    except (Refusal, OSError) as error:
-        sys.exit(f"{script.name}: error: {error}")
-    except (KeyboardInterrupt, BrokenProcessPool):
-        sys.exit(f"{script.name}: error: interrupted; {str(args.out)!r} holds the seeds that were finished, if any")
-
-
-def train(
-    args: argparse.Namespace,
-    described: Path,
-    replicate: Callable[[argparse.Namespace, int], Result],
-    tables: Callable[[list[Result]], dict[str, list[Row]]],
-) -> None:
-    if described.exists():
-        raise Refusal(f"{str(args.out)!r} holds results: --report shows them; choose another --out for new ones")
-    args.device = open_device(args.device)
-    draw(load_task(args.dataset, args.data, args.device), args.train_images)
-    args.out.mkdir(parents=True, exist_ok=True)
-    start, results = time.perf_counter(), {}
-    for seed, result in run_seeds(replicate, args):
-        results[seed] = result
-        for name, rows in tables([results[seed] for seed in sorted(results)]).items():
-            write_table(args.out / f"{name}.csv", rows)
-        write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
+    described = args.out / f"{Path(sys.argv[0]).stem}.json"
+    if not args.report:
+        if described.exists():
+            raise FileExistsError(f"{args.out} holds results: --report shows them; choose another --out for new ones")
+        if args.seeds < 2:
+            raise ValueError(f"--seeds must be at least 2, got {args.seeds}")
+        draw(
+            load_task(args.dataset, args.data, args.device), args.train_images
+        )  # what fails there fails before training
+        args.out.mkdir(parents=True, exist_ok=True)
+        start, results = time.perf_counter(), {}
+        for seed, result in run_seeds(replicate, args):
+            results[seed] = result
+            for name, rows in tables([results[seed] for seed in sorted(results)]).items():
+                write_table(args.out / f"{name}.csv", rows)
+            write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
+    report(args.out, json.loads(described.read_text()))

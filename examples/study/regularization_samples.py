@@ -30,45 +30,18 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import digits
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
+import study
 import torch
 import torch.nn.functional as F
-from cifar import make_loss
-from digits import confidence_interval, positive
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from study import (
-    STUDENT_WIDTH,
-    Epoch,
-    Learner,
-    Loss,
-    Row,
-    Task,
-    accuracy,
-    column,
-    count_seeds,
-    draw,
-    load_task,
-    make_network,
-    make_parser,
-    predict,
-    read_table,
-    run,
-    show,
-    steps_per_epoch,
-    train_epoch,
-    train_teachers,
-)
+from study import COLORS, Row, Task, column, confidence_interval, show
 from torch import Tensor, nn
 
 from weighted_soft_labels.analysis import regularization_samples, wsl_terms
@@ -76,7 +49,6 @@ from weighted_soft_labels.analysis import regularization_samples, wsl_terms
 LOSSES = ("KD", "dropped", "uniform", "WSL")
 KINDS = ("both", "above", "far below")  # of regularization samples
 PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
-COLORS = {**digits.COLORS, "dropped": "#009e73", "uniform": "#cc79a7"}
 COLUMNS = ("regularization_samples", "share", "share_above", "weight", "test_accuracy", "test_nll")
 
 
@@ -89,7 +61,7 @@ class Method(NamedTuple):
 # The losses that are here to be compared with -----------------------------------------------------------------------
 
 
-def make_student_loss(method: Method, alpha: float) -> Loss:
+def make_student_loss(method: Method, alpha: float) -> study.Loss:
     T = method.temperature
 
     def soft_terms(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -106,7 +78,7 @@ def make_student_loss(method: Method, alpha: float) -> Loss:
         return F.cross_entropy(student_logits, labels) + alpha * weight * soft.mean()
 
     here = {"dropped": dropped, "uniform": uniform}
-    return here[method.loss] if method.loss in here else make_loss(method.loss.lower(), T, alpha)
+    return here[method.loss] if method.loss in here else study.make_loss(method.loss, T, alpha)
 
 
 # One seed -----------------------------------------------------------------------------------------------------------
@@ -117,14 +89,14 @@ def methods(args: argparse.Namespace) -> list[Method]:
 
 
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
-    task = load_task(args.dataset, args.data, args.device)
+    task = study.load_task(args.dataset, args.data, args.device)
     torch.manual_seed(seed)
-    drawn = draw(task, args.train_images)
-    first = make_network(task, STUDENT_WIDTH)
-    teachers = dict(zip(args.smoothings, train_teachers(task, drawn, args.teacher_epochs, args.smoothings)))
-    steps = args.epochs * steps_per_epoch(len(drawn))
+    drawn = study.draw(task, args.train_images)
+    first = study.make_network(task, study.STUDENT_WIDTH)
+    teachers = dict(zip(args.smoothings, study.train_teachers(task, drawn, args.teacher_epochs, args.smoothings)))
+    steps = args.epochs * study.steps_per_epoch(len(drawn))
     students = {
-        method: Learner(
+        method: study.Learner(
             copy.deepcopy(first), make_student_loss(method, args.alpha), steps, teachers.get(method.smoothing)
         )
         for method in methods(args)
@@ -135,7 +107,7 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
         for smoothing, teacher in teachers.items()
     ]
     for epoch in range(1, args.epochs + 1):
-        seen = train_epoch(task, drawn, list(students.values()))
+        seen = study.train_epoch(task, drawn, list(students.values()))
         for (method, student), logits in zip(students.items(), seen.student_logits):
             tested = evaluate(task, student.network) if epoch == args.epochs else {}
             counted = {} if student.teacher is None else count(seen, logits, student.teacher, method.temperature)
@@ -143,7 +115,7 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     return rows
 
 
-def count(seen: Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
+def count(seen: study.Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
     of = student_logits, seen.teacher_logits[teacher], seen.labels
     found = regularization_samples(*of, temperature=temperature)
     # The rule at temperature 1, of logits that are divided by T: whose probability of the label at T is larger.
@@ -157,9 +129,9 @@ def count(seen: Epoch, student_logits: Tensor, teacher: nn.Module, temperature: 
 
 
 def evaluate(task: Task, network: nn.Module) -> Row:
-    logits = predict(task, network)
+    logits = study.predict(task, network)
     nll = F.cross_entropy(logits, task.test_labels).item()
-    return {"test_accuracy": accuracy(logits, task.test_labels), "test_nll": nll}
+    return {"test_accuracy": study.accuracy(logits, task.test_labels), "test_nll": nll}
 
 
 def make_row(seed: int, method: Method, epoch: int, *measured: Row) -> Row:
@@ -178,7 +150,7 @@ def make_tables(results: list[list[Row]]) -> dict[str, list[Row]]:
 
 
 def report(out: Path, options: Row) -> None:
-    results = Results(read_table(out / "regularization_samples.csv"), options["epochs"])
+    results = Results(study.read_table(out / "regularization_samples.csv"), options["epochs"])
     print_report(results, options)
     save_counts(out / "regularization_samples.png", results, options)
     save_losses(out / "regularization_samples_losses.png", results, options)
@@ -193,7 +165,7 @@ class Results(NamedTuple):
 
     @property
     def seeds(self) -> int:
-        return count_seeds(self.rows)
+        return study.count_seeds(self.rows)
 
     def of(self, method: Method, name: str, epoch: int | None = None) -> Tensor:
         """After the last epoch, unless another one is asked for."""
@@ -216,8 +188,16 @@ class Results(NamedTuple):
         return self.accuracy(one) - self.accuracy(other)
 
 
+def print_table(names: Iterable[str], rows: dict[tuple[float, float], Iterable[Tensor]], sign: str = "") -> None:
+    """Rows by temperature and smoothing."""
+    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{name:>18}" for name in names))
+    for (T, smoothing), values in rows.items():
+        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(value, 2, sign):>18}" for value in values))
+
+
 def print_report(results: Results, options: Row) -> None:
     smoothings, temperatures = options["smoothings"], options["temperatures"]
+    settings = list(product(temperatures, smoothings))
     print(f"\n{results.seeds} seeds: mean +- half a 95 % confidence interval (Student's t)\n")
     for smoothing in smoothings:
         tested = results.of(Method("teacher", smoothing), "test_accuracy", options["teacher_epochs"])
@@ -226,38 +206,35 @@ def print_report(results: Results, options: Row) -> None:
 
     print("\nTest accuracy in %\n")
     print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{loss:>16}" for loss in LOSSES))
-    for T, smoothing in product(temperatures, smoothings):
+    for T, smoothing in settings:
         cells = [results.accuracy(Method(loss, smoothing, T)) for loss in LOSSES]
         print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell):>16}" for cell in cells))
 
     print("\nDifferences in test accuracy within a seed, in points\n")
-    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{' - '.join(pair):>18}" for pair in PAIRS))
-    for T, smoothing in product(temperatures, smoothings):
-        values = [results.difference(*pair, smoothing, T) for pair in PAIRS]
-        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(value, 2, '+'):>18}" for value in values))
+    rows = {(T, smoothing): [results.difference(*pair, smoothing, T) for pair in PAIRS] for T, smoothing in settings}
+    print_table(map(" - ".join, PAIRS), rows, "+")
 
     print("\nRegularization samples of KD, in % of the images of all epochs\n")
-    print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{kind:>18}" for kind in KINDS))
-    for T, smoothing in product(temperatures, smoothings):
-        cells = results.kinds(Method("KD", smoothing, T)).values()
-        print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell):>18}" for cell in cells))
+    kinds = {(T, smoothing): results.kinds(Method("KD", smoothing, T)) for T, smoothing in settings}
+    print_table(KINDS, {setting: found.values() for setting, found in kinds.items()})
 
     if len(smoothings) > 1:
         print(f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n")
-        print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{name:>18}" for name in (*KINDS, "accuracy")))
+        rows = {}
         for T, smoothing in product(temperatures, smoothings[1:]):
-            a, b = Method("KD", smoothing, T), Method("KD", smoothings[0], T)
-            cells = [one - other for one, other in zip(results.kinds(a).values(), results.kinds(b).values())]
-            cells.append(results.accuracy(a) - results.accuracy(b))
-            print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell, 2, '+'):>18}" for cell in cells))
+            changes = [kinds[T, smoothing][kind] - kinds[T, smoothings[0]][kind] for kind in KINDS]
+            tested = [results.accuracy(Method("KD", of, T)) for of in (smoothing, smoothings[0])]
+            rows[T, smoothing] = [*changes, tested[0] - tested[1]]
+        print_table((*KINDS, "accuracy"), rows, "+")
 
 
 def save_counts(path: Path, results: Results, options: Row) -> None:
     """Regularization samples by epoch, one panel a temperature; then accuracy against their share (both kinds, one)."""
     smoothings, temperatures = options["smoothings"], options["temperatures"]
-    shades = plt.get_cmap("viridis")(torch.linspace(0, 0.85, len(smoothings)).numpy())
+    shades = colormaps["viridis"](torch.linspace(0, 0.85, len(smoothings)).numpy())
     panels = len(temperatures) + 2
-    figure, axes = plt.subplots(1, panels, figsize=(3.6 * panels, 3.8), layout="constrained")
+    figure = Figure(figsize=(3.6 * panels, 3.8), layout="constrained")
+    axes = figure.subplots(1, panels)
     for axis, T in zip(axes, temperatures):
         for shade, smoothing in zip(shades, smoothings):
             epochs = range(1, results.epochs + 1)
@@ -289,9 +266,8 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
 def save_losses(path: Path, results: Results, options: Row) -> None:
     """What a loss gains over KD, one panel a teacher."""
     smoothings, temperatures = options["smoothings"], options["temperatures"]
-    figure, axes = plt.subplots(
-        1, len(smoothings), figsize=(3.8 * len(smoothings), 3.8), layout="constrained", sharey=True, squeeze=False
-    )
+    figure = Figure(figsize=(3.8 * len(smoothings), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(smoothings), sharey=True, squeeze=False)
     for axis, smoothing in zip(axes[0], smoothings):
         for i, loss in enumerate(LOSSES[1:]):
             values = [results.difference(loss, "KD", smoothing, T) for T in temperatures]
@@ -311,34 +287,23 @@ def save_losses(path: Path, results: Results, options: Row) -> None:
 def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
     figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {results.seeds} seeds", fontsize=11)
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1), got {text}")
-    return value
-
-
 def parse_args() -> argparse.Namespace:
-    parser = make_parser(__doc__, epochs=20, teacher_epochs=20, seeds=4, out="runs/regularization_samples")
+    parser = study.make_parser(__doc__, epochs=20, out="runs/regularization_samples")
     option = parser.add_argument
-    option("--smoothings", type=share, nargs="+", default=[0.0, 0.1, 0.2], metavar="S", help="of teachers (0 0.1 0.2)")
-    option("--temperatures", type=positive, nargs="+", default=[1.0, 2.0, 4.0], metavar="T", help="(1 2 4)")
+    option("--smoothings", type=float, nargs="+", default=[0.0, 0.1, 0.2], help="of teachers (0 0.1 0.2)")
+    option("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="(1 2 4)")
     args = parser.parse_args()
     args.smoothings, args.temperatures = sorted(set(args.smoothings)), sorted(set(args.temperatures))
     return args
 
 
 def main() -> None:
-    run(parse_args(), replicate, make_tables, report)
+    study.run(parse_args(), replicate, make_tables, report)
 
 
 if __name__ == "__main__":
