@@ -40,23 +40,21 @@ def _torch_parallel_for() -> int:
 _PARALLEL_FOR = _torch_parallel_for()
 
 
-def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
-) -> tuple[Tensor, None]:
-    """The reduced loss; `gradient` is filled for an incoming gradient of 1. No state is kept for `backward`."""
-    if not _takes(student, teacher, target):
-        return _eager.forward(student, teacher, target, options, gradient)
-    return _walk(student, teacher, target, None, options, gradient), None
+def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
+    if _takes(student, teacher, target):
+        return _walk(student, teacher, target, None, options, gradient)
+    return _eager.forward(student, teacher, target, options, gradient)
 
 
 def backward(
-    student: Tensor, teacher: Tensor, target: Tensor, state: None, upstream: Tensor, options: Options, gradient: Tensor
+    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     if _takes(student, teacher, target):
         _walk(student, teacher, target, upstream, options, gradient)
     else:
-        _eager.backward(student, teacher, target, state, upstream, options, gradient)
+        _eager.backward(student, teacher, target, upstream, options, gradient)
 
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -102,9 +100,9 @@ def _walk(
         for b, r, *operands in _odd_rows(losses, student, teacher, target):
             if gradient is not None:
                 found = torch.empty_like(operands[0], dtype=gradient.dtype)
-                _eager.backward(*operands, None, unit[b, r][None], each, found)
+                _eager.backward(*operands, unit[b, r][None], each, found)
                 gradient[b, :, r] = found[0].t()
-            losses[b, r] = _eager.forward(*operands, each, None)[0][0]
+            losses[b, r] = _eager.forward(*operands, each, None)[0]
         loss = losses.sum(dtype=torch.float64)
         loss = (loss / count if options.reduction == "mean" else loss).float()
     return losses if options.reduction == "none" else loss
