@@ -498,7 +498,8 @@ TARGET static void tiles(int64_t begin, int64_t end, void *context)
 #define PREFETCH(address) (void)(address)
 #define restrict __restrict
 #endif
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(BASELINE) /* its lanes, for tests */
+#define DISPATCH
 #define ISA avx512
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
@@ -509,7 +510,9 @@ TARGET static void tiles(int64_t begin, int64_t end, void *context)
 #include "_rows.c"
 #endif
 #define ISA baseline
-#ifdef __GNUC__
+#ifdef BASELINE
+#define LANES BASELINE
+#elif defined(__GNUC__)
 #define LANES 4
 #else
 #define LANES 1
@@ -524,8 +527,7 @@ static Work *chosen = tiles_baseline;
 /* From an address, strides in elements of (B, C, R) or (B, R), and a dtype. */
 static Tensor tensor_of(PyObject *const *arguments)
 {
-    Tensor tensor = {PyLong_AsVoidPtr(arguments[0])};
-    tensor.dtype = (int)PyLong_AsLong(arguments[2]);
+    Tensor tensor = {PyLong_AsVoidPtr(arguments[0]), 0, 0, 0, (int)PyLong_AsLong(arguments[2])};
     const Py_ssize_t dimensions = PyTuple_Size(arguments[1]);
     int64_t *strides[] = {&tensor.batch, dimensions == 3 ? &tensor.class_ : &tensor.row, &tensor.row};
     for (Py_ssize_t i = 0; i < dimensions; i++)
@@ -557,7 +559,10 @@ static PyObject *run(PyObject *module, PyObject *const *arguments, Py_ssize_t si
     if (size != 23)
         return PyErr_Format(PyExc_TypeError, "run takes 23 arguments, got %zd", size);
     ParallelFor *parallel_for = (ParallelFor *)PyLong_AsVoidPtr(arguments[0]);
-    Job job = {PyLong_AsLongLong(arguments[16]), PyLong_AsLongLong(arguments[17]), PyLong_AsLongLong(arguments[18])};
+    Job job;
+    memset(&job, 0, sizeof job);
+    job.batches = PyLong_AsLongLong(arguments[16]), job.classes = PyLong_AsLongLong(arguments[17]);
+    job.rows = PyLong_AsLongLong(arguments[18]);
     job.student = tensor_of(arguments + 1), job.teacher = tensor_of(arguments + 4), job.target = tensor_of(arguments + 7);
     job.upstream = tensor_of(arguments + 10), job.gradient = tensor_of(arguments + 13);
     double option[4];
@@ -603,7 +608,7 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_rows", NULL, 0,
 
 PyMODINIT_FUNC PyInit__rows(void)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef DISPATCH
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
         chosen = tiles_avx512;
