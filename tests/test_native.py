@@ -1,4 +1,4 @@
-"""The loop over rows in C: right in every layout, never outside of its tensors, the same bits for any number of threads."""
+"""The loop over rows in C: right in every layout, within its tensors, and the same bits for any number of threads."""
 
 from __future__ import annotations
 
@@ -81,11 +81,6 @@ def problem(seed, shape, dtype=torch.float32):
         reduction=choose.choice(["mean", "sum", "none"]),
     )
     return *logits, target, options
-
-
-def size_of(x):
-    """What rounding is relative to: the largest finite number, or of every row, (B, 1, R)."""
-    return x.abs().nan_to_num(posinf=0.0).amax(1, keepdim=True) if x.numel() else x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -64,8 +64,8 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
     found = torch.empty((4, student.shape[0], student.shape[2]), dtype=torch.float32, device="cpu")
     odd, _ = _run(student, teacher, target, None, options, None, found, None)
     if odd:
-        for b, r, *operands in _odd_rows(found[0], student, teacher, target):
-            found[:, b, r] = _eager.terms(*operands, options)[:, 0]
+        for (b, r), s, t, y in _odd_rows(found[0], student, teacher, target):
+            found[:, b, r] = _eager.terms(s, t, y, options)[:, 0]
     return found
 
 
@@ -73,7 +73,7 @@ scale_ = _eager.scale_
 
 
 def _takes(student: Tensor, teacher: Tensor, target: Tensor) -> bool:
-    """Whether `_rows.c` reads these; not what a lazy negation (`z.conj().imag`) has left in memory with the wrong sign."""
+    """Whether `_rows.c` reads these. A lazy negation (`z.conj().imag`) has the wrong sign in memory."""
     return (
         student.dtype in _CODES
         and teacher.dtype in _CODES
@@ -97,12 +97,12 @@ def _walk(
         if options.reduction == "mean":
             unit = unit / count
         each = options._replace(reduction="none")
-        for b, r, *operands in _odd_rows(losses, student, teacher, target):
+        for (b, r), s, t, y in _odd_rows(losses, student, teacher, target):
             if gradient is not None:
-                found = torch.empty_like(operands[0], dtype=gradient.dtype)
-                _eager.backward(*operands, unit[b, r][None], each, found)
+                found = torch.empty_like(s, dtype=gradient.dtype)
+                _eager.backward(s, t, y, unit[b, r][None], each, found)
                 gradient[b, :, r] = found[0].t()
-            losses[b, r] = _eager.forward(*operands, each, None)[0]
+            losses[b, r] = _eager.forward(s, t, y, each, None)[0]
         loss = losses.sum(dtype=torch.float64)
         loss = (loss / count if options.reduction == "mean" else loss).float()
     return losses if options.reduction == "none" else loss
@@ -134,9 +134,13 @@ def _run(
     return found
 
 
-def _odd_rows(marked: Tensor, *operands: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Where NaN marks rows, and these rows alone of every operand: (1, C, n) or (1, n)."""
+def _odd_rows(
+    marked: Tensor, student: Tensor, teacher: Tensor, target: Tensor
+) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor, Tensor, Tensor]]:
+    """Where NaN marks rows, as (b, r), and these rows alone: (1, C, n) or (1, n)."""
     b, r = marked.isnan().nonzero(as_tuple=True)
-    size = max(1, _BLOCK // operands[0].shape[1])
-    for i, j in zip(b.split(size), r.split(size)):
-        yield i, j, *(x[i, :, j].t()[None] if x.dim() == 3 else x[i, j][None] for x in operands)
+    size = max(1, _BLOCK // student.shape[1])
+    for first in range(0, len(b), size):
+        i, j = b[first : first + size], r[first : first + size]
+        s, t, y = (x[i, :, j].t()[None] if x.dim() == 3 else x[i, j][None] for x in (student, teacher, target))
+        yield (i, j), s, t, y
