@@ -183,12 +183,16 @@ FN V log1p_(V x)
     return s * (half_square + polynomial) + (n * 9.0580006e-06f + (x - (u - 1.0f)) / u) - half_square + f + n * 0.69313812f;
 }
 
+#define HALVES(join) join(2) join(4) join(8) join(16) /* constant bounds, or the compiler leaves a loop */
+
 FN float total(V v)
 {
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++)
-            LANE(v, i) += LANE(v, i + width);
-    return LANE(v, 0);
+    float x[LANES];
+    memcpy(x, &v, sizeof x);
+#define JOIN(parts) for (int i = 0; i < LANES / parts; i++) x[i] += x[i + LANES / parts];
+    HALVES(JOIN)
+#undef JOIN
+    return x[0];
 }
 
 typedef struct {
@@ -224,14 +228,18 @@ NOINLINE void peaks(const Tile *tile, int64_t at, Row *row)
 /* From each lane's maximum to that of the row, in all lanes. */
 FN void join_peak(Row *row)
 {
-    V peak = row->peak;
-    I place = row->place;
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) {
-            const int from = LANE(peak, i + width) > LANE(peak, i) ? i + width : i;
-            LANE(peak, i) = LANE(peak, from), INT_LANE(place, i) = INT_LANE(place, from);
-        }
-    row->peak = all(LANE(peak, 0)), row->place = all_int(INT_LANE(place, 0));
+    float peak[LANES];
+    int32_t place[LANES];
+    memcpy(peak, &row->peak, sizeof peak), memcpy(place, &row->place, sizeof place);
+#define JOIN(parts) for (int i = 0; i < LANES / parts; i++) { \
+        const float other = peak[i + LANES / parts]; \
+        const int32_t higher = -(other > peak[i]); /* a mask: which is higher cannot be foreseen */ \
+        peak[i] = other > peak[i] ? other : peak[i]; \
+        place[i] = (place[i + LANES / parts] & higher) | (place[i] & ~higher); \
+    }
+    HALVES(JOIN)
+#undef JOIN
+    row->peak = all(peak[0]), row->place = all_int(place[0]);
 }
 
 /* The sums of both sets over the classes, and exp(z / T) in place of the logits. */
@@ -481,6 +489,7 @@ TARGET static void tiles(int64_t begin, int64_t end, void *context)
 }
 #undef MASK
 #undef CONVERT
+#undef HALVES
 #undef ISA
 #undef LANES
 #undef TARGET
