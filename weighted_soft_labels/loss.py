@@ -236,14 +236,20 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
 
 
 _HAS_TRITON = find_spec("triton") is not None
+_HAS_ROWS = find_spec("weighted_soft_labels._rows") is not None
 
 
 def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     """The implementation for these logits; ``implementation(logits, logits).__name__`` says which."""
-    if _HAS_TRITON and student.is_cuda and torch.float64 not in (student.dtype, teacher.dtype):
-        from weighted_soft_labels import _triton
+    if torch.float64 not in (student.dtype, teacher.dtype):
+        if _HAS_TRITON and student.is_cuda:
+            from weighted_soft_labels import _triton
 
-        return _triton
+            return _triton
+        if _HAS_ROWS and student.is_cpu:
+            from weighted_soft_labels import _native
+
+            return _native
     return _eager
 
 
