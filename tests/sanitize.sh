@@ -10,14 +10,13 @@ trap 'rm -rf "$work"' EXIT
 cp -r weighted_soft_labels tests "$work"
 rm -f "$work"/weighted_soft_labels/_rows*.so
 include=$("$python" -c "import sysconfig; print(sysconfig.get_paths()['include'])")
-for way in "-DBASELINE=8 -mavx2 -mfma" -DBASELINE=1; do # vectors as everywhere else, and none as with MSVC
-    case $way in *avx2*) grep -q avx2 /proc/cpuinfo || way=-DBASELINE=4 ;; esac
+for way in -DBASELINE=4 -DBASELINE=1; do # lanes: vectors, and none as with MSVC
     printf '=== sanitizers, %s\n' "$way"
-    gcc -O1 -g -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
+    gcc -O0 -g1 -fPIC -shared -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer \
         -Wall -Wextra -Werror $way -I"$include" weighted_soft_labels/_rows.c -o "$work/weighted_soft_labels/_rows.abi3.so"
     (
         cd "$work" # torch's own allocations are the sanitizer's, too: what lies beside a tensor is out of bounds
         LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$work" OMP_NUM_THREADS=2 \
-            "$python" -m pytest -q -p no:cacheprovider tests/test_native.py -k "not fork and not many_classes"
+            "$python" -m pytest -q -p no:cacheprovider tests/test_native.py -k "any_problem and not dtype2 or misaligned"
     )
 done
