@@ -61,7 +61,7 @@ def assert_exact(student: Tensor, teacher: Tensor, target: Tensor, temperature: 
     distance = torch.cat([x - x.amax(1, keepdim=True) for x in (student, teacher)], 1).abs()
     widest = sum(z.where(z < 104, 0.0).amax(1).numpy() for z in (distance, distance / temperature))
     rounding = (12 + 4 * widest) * 2.0**-24
-    floor = 1e-37 * (1 + options.get("hard_weight", 1.0) + options.get("alpha", 2.5) * (temperature + temperature**2))
+    floor = 1e-35 * (1 + options.get("hard_weight", 1.0) + options.get("alpha", 2.5) * (temperature + temperature**2))
     for name, found, exact, size in (
         ("loss", value.numpy()[:, None], row.loss[:, None], row.loss_size[:, None]),
         ("gradient", gradient.numpy(), row.gradient, row.gradient_size),

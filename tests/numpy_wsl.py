@@ -1,7 +1,7 @@
 """The paper's loss once more, in NumPy and long double: one row at a time, no shared code with anything.
 
 With the size of the terms that loss and gradient are sums of, which is what a rounding error is to be compared with. A
-probability is counted from 1 where it is the largest, so that sure models have small terms there.
+probability of more than half is counted from 1, so that sure models have small terms there.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ class Row(NamedTuple):
 
 class Softmax(NamedTuple):
     z: Array  # (x - max) / T
-    leader: Array  # 1 at one maximum, 0 elsewhere
+    leader: Array  # 1 at the class that has more than half, 0 elsewhere
     less: Array  # softmax - leader
     log_sum: Array  # log of the sum of exp(z)
 
 
 def softmax(x: Array, temperature: float) -> Softmax:
     z = (x - x.max()) / np.longdouble(temperature)
-    leader = np.zeros_like(z)
-    leader[np.argmax(x)] = 1
-    rest = np.exp(z)[leader == 0].sum()
+    first = np.arange(len(x)) == np.argmax(x)
+    rest = np.exp(z)[~first].sum()
+    leader = (first & (rest < 1)).astype(z.dtype)
     return Softmax(z, leader, np.where(leader == 1, -rest, np.exp(z)) / (1 + rest), np.log1p(rest))
 
 

@@ -9,7 +9,7 @@ z / T, for student s and teacher t, and k the index of one maximum of each:
                 loss = hard_weight * hard + alpha * T^2 * weight * soft
     gradient    hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t), with p - [c = k] = (-rest for e_k) / Z
 
-A softmax less 1 at its maximum is small where its model is sure. From two such differences the gradient follows without
+Where a model is sure, its softmax less 1 at the maximum is small. From two such differences the gradient follows without
 cancellation where student, teacher and label agree; where they do not, the 1s that are left over are added in the end.
 """
 
@@ -145,20 +145,23 @@ def _gradient(student: Row, teacher: Row, q: Tensor, weight: Tensor, unit: Tenso
     if options.hard_weight:
         smoothed = (1 - smoothing) * q + smoothing / classes if smoothing else q
         mass = q.sum(1, keepdim=True) * (1 - smoothing) + smoothing
-        left = torch.scatter_add(-smoothed, 1, student.leader, mass)
-        gradient = options.hard_weight * (mass * _softmax_less_1(student.e, student.leader, student.rest) + left)
+        less, sure = _softmax_less_1(student.e, student.leader, student.rest)
+        left = torch.scatter_add(-smoothed, 1, student.leader, mass * sure)
+        gradient = options.hard_weight * (mass * less + left)
     if options.alpha:
-        soft = _softmax_less_1(student.soft, student.leader, student.soft_rest)
-        soft = soft - _softmax_less_1(teacher.soft, teacher.leader, teacher.soft_rest)
-        differ = (student.leader != teacher.leader).to(q.dtype)
-        soft = soft.scatter_add(1, student.leader, differ).scatter_add(1, teacher.leader, -differ)
-        gradient = gradient + options.alpha * options.temperature * weight * soft
+        less, sure = _softmax_less_1(student.soft, student.leader, student.soft_rest)
+        teacher_less, teacher_sure = _softmax_less_1(teacher.soft, teacher.leader, teacher.soft_rest)
+        agree = (student.leader == teacher.leader) & sure & teacher_sure
+        left = torch.zeros_like(q).scatter_add(1, student.leader, (sure & ~agree).to(q.dtype))
+        left = left.scatter_add(1, teacher.leader, -(teacher_sure & ~agree).to(q.dtype))
+        gradient = gradient + options.alpha * options.temperature * weight * (less - teacher_less + left)
     return unit * gradient
 
 
-def _softmax_less_1(e: Tensor, leader: Tensor, rest: Tensor) -> Tensor:
-    """The softmax, less 1 at `leader`."""
-    return e.scatter(1, leader, -rest) / (1 + rest)
+def _softmax_less_1(e: Tensor, leader: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax, less 1 at `leader` in rows that are sure of it; in others that would lose digits, not keep them."""
+    sure = rest < 1
+    return e.scatter(1, leader, torch.where(sure, -rest, 1.0)) / (1 + rest), sure
 
 
 def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
