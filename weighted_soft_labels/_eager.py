@@ -9,8 +9,8 @@ z / T, for student s and teacher t, and k the index of one maximum of each:
                 loss = hard_weight * hard + alpha * T^2 * weight * soft
     gradient    hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t), with p - [c = k] = (-rest for e_k) / Z
 
-Where a model is sure, its softmax less 1 at the maximum is small. From two such differences the gradient follows without
-cancellation where student, teacher and label agree; where they do not, the 1s that are left over are added in the end.
+Where a model is sure, its softmax less 1 at the maximum is small. From two such differences the gradient follows
+without cancellation where student, teacher and label agree; where they do not, the 1s left over are added in the end.
 """
 
 from __future__ import annotations

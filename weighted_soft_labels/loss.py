@@ -162,21 +162,20 @@ def check_options(options: Options) -> Options:
         value if type(value) is float else _number(name, value, float) for name, value in zip(Options._fields, numbers)
     )
     index = index if type(index) is int else _number("ignore_index", index, int)
+    fits = 1e-37 < temperature < 1e38 and max(alpha, alpha * temperature * temperature, hard_weight) < 1e38
+    if fits and alpha >= 0 and hard_weight >= 0 and 0 <= label_smoothing <= 1 and reduction in ("mean", "sum", "none"):
+        return Options(temperature, alpha, hard_weight, label_smoothing, index, reduction)
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
         (0 <= hard_weight < math.inf, "hard_weight must be finite and >= 0", hard_weight),
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
         (reduction in ("mean", "sum", "none"), "reduction must be one of mean, sum, none", reduction),
-        (
-            1e-37 < temperature < 1e38 and max(alpha, alpha * temperature * temperature, hard_weight) < 1e38,
-            "temperature, alpha, alpha * temperature^2 and hard_weight must fit into float32",
-            (temperature, alpha, hard_weight),
-        ),
     ):
         if not legal:
             raise ValueError(f"{expected}, got {value!r}")
-    return Options(temperature, alpha, hard_weight, label_smoothing, index, reduction)
+    expected = "temperature, alpha, alpha * temperature^2 and hard_weight must fit into float32"
+    raise ValueError(f"{expected}, got {temperature!r}, {alpha!r} and {hard_weight!r}")
 
 
 def _number(name: str, value: Any, kind: type) -> Any:
@@ -369,7 +368,7 @@ def _plain(*tensors: Tensor) -> bool:
     included, key = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey
     return (
         not torch.compiler.is_compiling()
-        and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        and {Tensor, nn.Parameter}.issuperset(map(type, tensors))
         and not (included(key.Python) or included(key.PreDispatch) or torch._C._are_functorch_transforms_active())
     )
 
@@ -389,10 +388,19 @@ class _WSL(Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         options, ahead, plain = arguments
-        later = plain and ahead and (student.dtype == torch.float16 or options.reduction == "none")
-        run = _forward if plain else _below_autograd
-        loss, gradient = run(student, teacher, target, ahead and not later, *options)
-        _keep(ctx, options, student.dtype, plain, gradient, *((student, teacher, target) if later else ()))
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.dtype, ctx.plain = options, student.dtype, plain
+        if not plain:
+            loss, gradient = _below_autograd(student, teacher, target, ahead, *options)
+        elif student.dtype == torch.float16 or options.reduction == "none":
+            loss, gradient = _forward(student, teacher, target, False, *options)
+            # A tensor made under inference_mode cannot be saved, and need not be: nothing can change it any more.
+            ctx.held = [x if x.is_inference() else None for x in (student, teacher, target)]
+            ctx.save_for_backward(gradient, *(None if x.is_inference() else x for x in (student, teacher, target)))
+            return loss, gradient
+        else:
+            loss, gradient = _forward(student, teacher, target, ahead, *options)
+        ctx.save_for_backward(gradient)
         return loss, gradient
 
     @staticmethod
@@ -406,8 +414,9 @@ class _WSL(Function):
             return (None,) * 6
         if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
             _refuse_transform()
-        gradient, *inputs = (kept if held is None else held for kept, held in zip(ctx.saved_tensors, ctx.held))
+        gradient, *inputs = ctx.saved_tensors
         if inputs:
+            inputs = [saved if held is None else held for saved, held in zip(inputs, ctx.held)]
             run = _backward if _plain(*inputs, upstream) else torch.ops.weighted_soft_labels.backward
             with torch.no_grad():
                 found = run(*inputs, upstream, *ctx.options)
@@ -431,14 +440,6 @@ def _below_autograd(*args: Any) -> tuple[Tensor, Tensor]:
     return loss, gradient
 
 
-def _keep(ctx: Any, options: Options, dtype: torch.dtype, plain: bool, *tensors: Tensor) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.options, ctx.dtype, ctx.plain = options, dtype, plain
-    # A tensor made under inference_mode cannot be saved, and need not be: nothing can change it any more.
-    ctx.held = [tensor if tensor.is_inference() else None for tensor in tensors]
-    ctx.save_for_backward(*(tensor if held is None else None for tensor, held in zip(tensors, ctx.held)))
-
-
 class _FunctionalWSL(_WSL):
     """The same boundary in the form that torch.func asks for, which costs more at every call."""
 
@@ -450,4 +451,6 @@ class _FunctionalWSL(_WSL):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _keep(ctx, inputs[3], inputs[0].dtype, False, output[1])
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.dtype, ctx.plain = inputs[3], inputs[0].dtype, False
+        ctx.save_for_backward(output[1])
