@@ -51,9 +51,6 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-# --- as programs ---
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     found = {}
@@ -148,9 +145,6 @@ def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path
     assert {len([row for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}} == {5}
 
 
-# --- what they share ---
-
-
 def test_fashion_mnist_as_torchvision_keeps_it(tmp_path: Path) -> None:
     folder = tmp_path / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
@@ -216,9 +210,6 @@ def test_images_are_moved_by_up_to_one_pixel_and_flipped() -> None:
     moved = study.shift_and_flip(image.expand(500, 1, 8, 8))
     places = {(row, column) for _, _, row, column in moved.nonzero().tolist()}
     assert places == {(row, column) for row in (1, 2, 3) for column in (2, 3, 4, 5)}
-
-
-# --- the page of results ---
 
 
 def test_the_page_prints_what_the_tables_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
