@@ -24,7 +24,8 @@ def test_every_python_block_runs():
             loss = namespace["loss"]
             assert isinstance(loss, torch.Tensor)
             assert loss.isfinite()
-            loss.backward()
+            if "loss.backward()" not in block:
+                loss.backward()
 
 
 def test_signature_in_the_readme_is_the_function():
