@@ -257,10 +257,10 @@ def _columns(plan: tl.constexpr):
 
 
 @triton.jit
-def _load(logits, columns, mask, POLICY: tl.constexpr):
+def _load(logits, columns, mask):
     """Anything at all where `mask` is false: to say what would take an instruction a class."""
     address = _tile(logits.address) + columns.to(tl.int64) * logits.stride
-    return tl.load(address, mask, eviction_policy=POLICY).to(tl.float32)
+    return tl.load(address, mask).to(tl.float32)
 
 
 # --- statistics ---
@@ -284,7 +284,7 @@ def _row(x, q, others, peak, inverse, plan: tl.constexpr):
 
 
 @triton.jit
-def _block(student, teacher, target, start, label, peaks, inverse, plan: tl.constexpr, POLICY: tl.constexpr):
+def _block(student, teacher, target, start, label, peaks, inverse, plan: tl.constexpr):
     """z of both sets of logits for one tile of classes, and the statistics of each thread.
 
     Maxima are over the whole row where it fits, else of what a thread has seen so far, of which `peaks` were the last.
@@ -294,8 +294,8 @@ def _block(student, teacher, target, start, label, peaks, inverse, plan: tl.cons
     mask = _tile(label.kept) & (columns < plan.CLASSES)
     # In a form that is one comparison with a constant for every class.
     others = mask if plan.PROBABILITIES else mask & (_tile(label.index) - start - lane != step)
-    s, t = _load(student, columns, mask, POLICY), _load(teacher, columns, mask, POLICY)
-    q = tl.where(mask, _load(target, columns, mask, POLICY), 0.0) if plan.PROBABILITIES else s
+    s, t = _load(student, columns, mask), _load(teacher, columns, mask)
+    q = tl.where(mask, _load(target, columns, mask), 0.0) if plan.PROBABILITIES else s
     student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
     teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
     if plan.K * plan.LANES * plan.VECTOR >= plan.CLASSES:
@@ -370,7 +370,7 @@ def _walk(student, teacher, target, label, inverse, ROWS: tl.constexpr, plan: tl
     for start in range(0, plan.CLASSES, plan.K * plan.LANES * plan.VECTOR):
         peaks = known.student.peak, known.teacher.peak
         _s, _t, block = _block(
-            student, teacher, target, start, label, peaks, inverse, plan, "evict_last"
+            student, teacher, target, start, label, peaks, inverse, plan
         )  # fmt: skip
         known = _add(_move(known, block.student.peak, block.teacher.peak, inverse, plan), block)
     student_peak = tl.max(known.student.peak, axis=1, keep_dims=True)
@@ -433,7 +433,8 @@ def _scales(student, teacher, student_row, teacher_row, mass, weight, unit, sett
     soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
     soft = soft_peak / (1 + student.soft_rest)
     # A ratio of exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    ratio = (1 + student.soft_rest) / (1 + teacher.soft_rest)
+    student_z, teacher_z = 1 + student.soft_rest, 1 + teacher.soft_rest
+    ratio = tl.where(student_z == teacher_z, 1.0, student_z / teacher_z)
     uniform = smoothed / plan.CLASSES
     # p_y - 1 = -others / Z, which does not cancel.
     at_label = soft * (ratio * teacher_row.soft_others - student_row.soft_others) - hard * student_row.others
@@ -463,13 +464,15 @@ def _write(
     if plan.SMOOTHING:
         out -= _tile(scales.uniform)
     if plan.PROBABILITIES:
-        q = _load(target, columns, mask, "evict_first")
+        q = _load(target, columns, mask)
         out += tl.where(at_peak, _tile(scales.hard_peak), 0.0) - _tile(scales.q) * q
         out += tl.where(at_peak, _tile(scales.soft_peak), 0.0) - tl.where(at_teacher_peak, _tile(scales.soft_peak), 0.0)
     else:
         # Not the form of `_block`, or registers would hold the answers of all classes until here.
         out = tl.where(start + lane - _tile(label.index) == -step, _tile(scales.at_label), out)
-    tl.store(_tile(gradient.address) + columns.to(tl.int64) * gradient.stride, out, mask, eviction_policy="evict_first")
+    # Where logits are read twice, the gradient is not to drive them out of the cache.
+    MODIFIER: tl.constexpr = "" if plan.K * plan.LANES * plan.VECTOR >= plan.CLASSES else ".cs"
+    tl.store(_tile(gradient.address) + columns.to(tl.int64) * gradient.stride, out, mask, cache_modifier=MODIFIER)
 
 
 @triton.jit
@@ -480,7 +483,7 @@ def _run(student, teacher, target, gradient, place, label, unit, settings, GRADI
     if BLOCK >= plan.CLASSES:
         nothing = (0, 0)
         student_z, teacher_z, known = _block(
-            student, teacher, target, 0, label, nothing, inverse, plan, "evict_first"
+            student, teacher, target, 0, label, nothing, inverse, plan
         )  # fmt: skip
         known = _across(known)
     else:
@@ -510,8 +513,8 @@ def _run(student, teacher, target, gradient, place, label, unit, settings, GRADI
             for back in range(0, plan.CLASSES, BLOCK):
                 columns = last - back + lane + step
                 mask = _tile(label.kept) & (columns < plan.CLASSES)
-                s = tl.where(mask, _load(student, columns, mask, "evict_first") - _tile(_finite(known.student.peak)), float("-inf"))
-                t = tl.where(mask, _load(teacher, columns, mask, "evict_first") - _tile(_finite(known.teacher.peak)), float("-inf"))
+                s = tl.where(mask, _load(student, columns, mask) - _tile(_finite(known.student.peak)), float("-inf"))
+                t = tl.where(mask, _load(teacher, columns, mask) - _tile(_finite(known.teacher.peak)), float("-inf"))
                 _write(gradient, s, t, target, last - back, place, label, student_total, teacher_total, scales, inverse, plan)
     return student_total.ce, teacher_total.ce, weight, soft, loss
 
@@ -803,7 +806,7 @@ def _launch(
     if classes > largest:
         warps = 16
         lanes = 16 if pixels else 512
-        k = (16 if probabilities else 32) // vector
+        k = 16 // vector
     block = warps * 32 // lanes
     smoothing = options.label_smoothing
     alpha_t = options.alpha * options.temperature
