@@ -105,6 +105,7 @@ class Total(NamedTuple):
     """What the loss needs to know of one set of logits, [ROWS]. The label of probabilities is a class at the maximum."""
 
     label_z: tl.tensor
+    label_e: tl.tensor  # exp(z) and exp(z / T) there
     label_soft: tl.tensor
     rest: tl.tensor  # Z - 1
     soft_rest: tl.tensor  # Z' - 1
@@ -385,7 +386,7 @@ def _walk(student, teacher, target, label, inverse, ROWS: tl.constexpr, plan: tl
 def _total(row, mass, logits, label, inverse, plan: tl.constexpr):
     if plan.PROBABILITIES:
         label_z = tl.zeros_like(row.peak)
-        label_soft = label_z + 1
+        label_e, label_soft = label_z + 1, label_z + 1
         rest, soft_rest = row.others + (row.ties - 1), row.soft_others + (row.ties - 1)
         ce = mass * _log1p(rest) - row.qz
     else:
@@ -396,7 +397,7 @@ def _total(row, mass, logits, label, inverse, plan: tl.constexpr):
         # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
         rest, soft_rest = row.others + (label_e - 1), row.soft_others + (label_soft - 1)
         ce = _log1p(rest) - label_z
-    return Total(label_z, label_soft, rest, soft_rest, ce)
+    return Total(label_z, label_e, label_soft, rest, soft_rest, ce)
 
 
 @triton.jit
@@ -436,10 +437,15 @@ def _scales(student, teacher, student_row, teacher_row, mass, weight, unit, sett
     student_z, teacher_z = 1 + student.soft_rest, 1 + teacher.soft_rest
     ratio = tl.where(student_z == teacher_z, 1.0, student_z / teacher_z)
     uniform = smoothed / plan.CLASSES
-    # p_y - 1 = -others / Z, which does not cancel.
-    at_label = soft * (ratio * teacher_row.soft_others - student_row.soft_others) - hard * student_row.others
+    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
+    sure, soft_sure = student_row.others < student.label_e, student_row.soft_others < student.label_soft
+    at_label = tl.where(sure, smoothed - hard * student_row.others, hard * student.label_e - (hard_weight - smoothed))
+    differ = tl.where(
+        soft_sure, ratio * teacher_row.soft_others - student_row.soft_others, student.label_soft - ratio * teacher.label_soft
+    )  # fmt: skip
+    at_label += soft * differ - uniform
     return Scales(
-        hard, soft, ratio, uniform, at_label + (smoothed - uniform), hard_weight - smoothed, hard_peak, soft_peak
+        hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak
     )  # fmt: skip
 
 
