@@ -22,7 +22,6 @@ Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,8 +32,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from weighted_soft_labels.loss import Options
-
-PARTS = 256  # in which many labels are counted
 
 # Arguments that change with the batch: no kernel is compiled anew for one of them.
 COUNTS = ["rows", "size", "ignore_index"]
@@ -50,34 +47,38 @@ class Plan(NamedTuple):
     K: tl.constexpr
     LANES: tl.constexpr
     VECTOR: tl.constexpr
+    TILE: tl.constexpr  # K * LANES * VECTOR classes at a time
     TEMPERATURE: tl.constexpr
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
 
 
+class Settings(NamedTuple):
+    inverse: tl.tensor  # 1 / T
+    alpha_t: tl.tensor  # alpha * T
+    alpha_t2: tl.tensor
+    hard_weight: tl.tensor
+    smoothing: tl.tensor
+
+
 class Place(NamedTuple):
-    """Which rows are a program's, [ROWS]."""
+    """A program's rows and what the target says of them, [ROWS]."""
 
     batch: tl.tensor
     row: tl.tensor
     index: tl.tensor  # in (B, R)
-    exists: tl.tensor
     size: tl.tensor  # B * R
+    exists: tl.tensor
+    label: tl.tensor
+    inside: tl.tensor  # whether the label names a class
+    kept: tl.tensor  # not ignored: of other rows no logits are read
 
 
 class Logits(NamedTuple):
-    """Where the rows of a program start, [ROWS], and how far it is from class to class."""
+    """Where a program's rows start, [ROWS], and how far it is from class to class."""
 
     address: tl.tensor
     stride: tl.tensor
-
-
-class Label(NamedTuple):
-    """What the target says of a program's rows, [ROWS]."""
-
-    index: tl.tensor
-    inside: tl.tensor  # whether that is a class
-    kept: tl.tensor  # not ignored: of other rows no logits are read
 
 
 class Row(NamedTuple):
@@ -91,35 +92,23 @@ class Row(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """The same of both sets of logits together."""
-
     student: Row
     teacher: Row
-    dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, as far as it is in `soft_others` or a tie
+    dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
     z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
-    taken: tl.tensor  # of how many classes
+    taken: tl.tensor  # for label smoothing: of how many classes
     mass: tl.tensor  # for probabilities: sum of q
 
 
 class Total(NamedTuple):
-    """What the loss needs to know of one set of logits, [ROWS]. The label of probabilities is a class at the maximum."""
+    """What the loss needs to know of one set of logits, [ROWS]."""
 
-    label_z: tl.tensor
-    label_e: tl.tensor  # exp(z) and exp(z / T) there
-    label_soft: tl.tensor
+    z: tl.tensor  # at the label; for probabilities, at the maximum
+    e: tl.tensor  # exp(z) and exp(z / T) there
+    soft: tl.tensor
     rest: tl.tensor  # Z - 1
     soft_rest: tl.tensor  # Z' - 1
     ce: tl.tensor
-
-
-class Settings(NamedTuple):
-    """Options of the loss."""
-
-    inverse: tl.tensor  # 1 / T
-    alpha_t: tl.tensor  # alpha * T
-    alpha_t2: tl.tensor
-    hard_weight: tl.tensor
-    smoothing: tl.tensor
 
 
 class Scales(NamedTuple):
@@ -127,11 +116,11 @@ class Scales(NamedTuple):
 
     hard: tl.tensor  # of the student's exp(z)
     soft: tl.tensor  # of the student's exp(z / T)
-    ratio: tl.tensor  # of the teacher's to that
+    ratio: tl.tensor  # of the teacher's, relative to that
     uniform: tl.tensor  # what label smoothing takes off every class
-    at_label: tl.tensor  # all of the gradient there
+    at_label: tl.tensor  # the whole gradient there
     q: tl.tensor  # for probabilities: of q
-    hard_peak: tl.tensor  # for probabilities: the hard and the soft term at a maximum
+    hard_peak: tl.tensor  # for probabilities: of the hard and the soft term at a maximum
     soft_peak: tl.tensor
 
 
@@ -197,6 +186,11 @@ def _most(x):
 
 
 @triton.jit
+def _over_lanes(peak):
+    return tl.max(peak, axis=1, keep_dims=True)
+
+
+@triton.jit
 def _product(mass, value):
     """mass * value, where no mass times an infinite value is 0."""
     return mass * tl.where(mass == 0, 0.0, value)
@@ -219,49 +213,43 @@ def _aligned(x, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _place(rows, ROWS: tl.constexpr):
+def _place(target, target_b, target_r, rows, ignore_index, ROWS: tl.constexpr, plan: tl.constexpr):
     blocks = tl.cdiv(rows, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    exists = row < rows
+    label, kept = row * 0, exists
+    if not plan.PROBABILITIES:
+        label = tl.load(target + batch * target_b + row * target_r, exists, other=0).to(tl.int64)
+        kept = exists & (label != ignore_index)
+    inside = (label >= 0) & (label < plan.CLASSES)
+    label = tl.where(inside, label, 0).to(tl.int32)
     size = tl.num_programs(0) // blocks * rows.to(tl.int64)
-    return Place(batch, row, batch * rows + row, row < rows, size)
+    return Place(batch, row, batch * rows + row, size, exists, label, inside, kept)
 
 
 @triton.jit
-def _logits(pointer, place, strides, VECTOR: tl.constexpr):
-    address = pointer + (place.batch * _aligned(strides[0], VECTOR) + place.row * _aligned(strides[2], VECTOR))
+def _logits(pointer, place, b, c, r, VECTOR: tl.constexpr):
+    address = pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR))
     if VECTOR == 1:
-        # Hides alignment: one thread is to take all classes of a row, not one class of neighbouring rows.
+        # Hides alignment: a thread is to take all classes of a row, not one class of neighbouring rows.
         address = tl.multiple_of(address, 1)
-    return Logits(address, strides[1])
+    return Logits(address, c)
 
 
 @triton.jit
-def _label(target, place, ignore_index, plan: tl.constexpr):
-    if plan.PROBABILITIES:
-        index = place.row * 0
-        kept = place.exists
-    else:
-        index = tl.load(target.address, place.exists, other=0).to(tl.int64)
-        kept = place.exists & (index != ignore_index)
-    inside = (index >= 0) & (index < plan.CLASSES)
-    return Label(tl.where(inside, index, 0).to(tl.int32), inside, kept)
-
-
-@triton.jit
-def _columns(plan: tl.constexpr):
-    """The classes of a tile: those of lanes, [1, 1, LANES, 1], and how far from these a thread's are, [K, 1, 1, VECTOR]."""
-    # Hidden that its entries follow each other, as this is no place for lanes.
+def _columns(start, plan: tl.constexpr):
+    """The classes of a tile: the first of every lane, [1, 1, LANES, 1], and how far from it the rest is."""
+    # Hides that these follow each other: K is no place for lanes.
     k = tl.max_contiguous(tl.arange(0, plan.K), 1)[:, None, None, None] * (plan.LANES * plan.VECTOR)
-    lane = tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
+    lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
     return lane, k + tl.arange(0, plan.VECTOR)[None, None, None, :]
 
 
 @triton.jit
 def _load(logits, columns, mask):
     """Anything at all where `mask` is false: to say what would take an instruction a class."""
-    address = _tile(logits.address) + columns.to(tl.int64) * logits.stride
-    return tl.load(address, mask).to(tl.float32)
+    return tl.load(_tile(logits.address) + columns.to(tl.int64) * logits.stride, mask).to(tl.float32)
 
 
 # --- statistics ---
@@ -271,39 +259,35 @@ def _load(logits, columns, mask):
 def _row(x, q, others, peak, inverse, plan: tl.constexpr):
     """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
     z = tl.where(others, x - _tile(_finite(peak)), float("-inf"))
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
     if plan.PROBABILITIES:
-        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-        at_peak = z == 0
-        ties = _sum(tl.where(at_peak, 1.0, 0.0))
-        row = Row(peak, _sum(tl.where(at_peak, 0.0, e)), _sum(tl.where(at_peak, 0.0, soft)), ties, _sum(_product(q, z)))
+        below = tl.where(z == 0, 0.0, e), tl.where(z == 0, 0.0, soft)
+        row = Row(peak, _sum(below[0]), _sum(below[1]), _sum(tl.where(z == 0, 1.0, 0.0)), _sum(_product(q, z)))
     else:
-        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-        soft_others = _sum(soft)
-        nothing = tl.zeros_like(soft_others)
-        row = Row(peak, _sum(e), soft_others, nothing, nothing)
+        row = Row(peak, _sum(e), _sum(soft), tl.zeros_like(peak), tl.zeros_like(peak))
     return z, soft, row
 
 
 @triton.jit
-def _block(student, teacher, target, start, label, peaks, inverse, plan: tl.constexpr):
+def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.constexpr):
     """z of both sets of logits for one tile of classes, and the statistics of each thread.
 
-    Maxima are over the whole row where it fits, else of what a thread has seen so far, of which `peaks` were the last.
+    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and saw: `peaks`.
     """
-    lane, step = _columns(plan)
-    columns = start + lane + step
-    mask = _tile(label.kept) & (columns < plan.CLASSES)
-    # In a form that is one comparison with a constant for every class.
-    others = mask if plan.PROBABILITIES else mask & (_tile(label.index) - start - lane != step)
+    lane, step = _columns(start, plan)
+    columns = lane + step
+    mask = _tile(place.kept) & (columns < plan.CLASSES)
     s, t = _load(student, columns, mask), _load(teacher, columns, mask)
-    q = tl.where(mask, _load(target, columns, mask), 0.0) if plan.PROBABILITIES else s
     student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
     teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
-    if plan.K * plan.LANES * plan.VECTOR >= plan.CLASSES:
-        student_peak = tl.max(student_peak, axis=1, keep_dims=True)
-        teacher_peak = tl.max(teacher_peak, axis=1, keep_dims=True)
+    if plan.TILE >= plan.CLASSES:
+        student_peak, teacher_peak = _over_lanes(student_peak), _over_lanes(teacher_peak)
     else:
         student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
+    if plan.PROBABILITIES:
+        others, q = mask, tl.where(mask, _load(target, columns, mask), 0.0)
+    else:
+        others, q = mask & (_tile(place.label) - lane != step), s  # in one comparison with a constant
     student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
     teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
     dot = _sum(_product(soft, student_z))
@@ -316,213 +300,200 @@ def _block(student, teacher, target, start, label, peaks, inverse, plan: tl.cons
 
 
 @triton.jit
-def _move_row(row, peak, mass, inverse, plan: tl.constexpr):
-    """A row's sums seen from a higher maximum, how much higher it is, and what that makes of exp(z / T)."""
-    move = _finite(peak) - _finite(row.peak)
-    factor, soft_factor = _exponentials(row.peak - _finite(peak), inverse, plan.TEMPERATURE)
-    # A class at the old maximum is one like any other.
-    ties = tl.where(row.peak < peak, row.ties, 0.0)
-    others, soft_others = (row.others + ties) * factor, (row.soft_others + ties) * soft_factor
-    return Row(peak, others, soft_others, row.ties - ties, row.qz - mass * move), move, soft_factor
+def _join_row(a, b, mass, inverse, plan: tl.constexpr):
+    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
+    move = _finite(b.peak) - _finite(a.peak)
+    factor, soft_factor = _exponentials(a.peak - _finite(b.peak), inverse, plan.TEMPERATURE)
+    ties = tl.where(a.peak < b.peak, a.ties, 0.0)  # of an old maximum, now classes like any other
+    others, soft_others = (a.others + ties) * factor + b.others, (a.soft_others + ties) * soft_factor + b.soft_others
+    return Row(b.peak, others, soft_others, a.ties - ties + b.ties, a.qz - mass * move + b.qz), move, soft_factor
 
 
 @triton.jit
-def _move(known, student_peak, teacher_peak, inverse, plan: tl.constexpr):
-    """The same statistics seen from other maxima. Every sum keeps its sign, so nothing cancels."""
-    student, move, _ = _move_row(known.student, student_peak, known.mass, inverse, plan)
-    teacher, _, factor = _move_row(known.teacher, teacher_peak, known.mass, inverse, plan)
-    dot = known.dot - (known.teacher.soft_others + known.teacher.ties) * move
+def _join(a, b, inverse, plan: tl.constexpr):
+    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
+    student, move, _ = _join_row(a.student, b.student, a.mass, inverse, plan)
+    teacher, _, factor = _join_row(a.teacher, b.teacher, a.mass, inverse, plan)
+    dot = a.dot - (a.teacher.soft_others + a.teacher.ties) * move
     # Nothing is left of an infinite sum that has no weight any more.
-    dot = tl.where(factor == 0, 0.0, dot * factor)
-    return Statistics(student, teacher, dot, known.z_sum - known.taken * move, known.taken, known.mass)
+    dot = tl.where(factor == 0, 0.0, dot * factor) + b.dot
+    return Statistics(student, teacher, dot, a.z_sum - a.taken * move + b.z_sum, a.taken + b.taken, a.mass + b.mass)
 
 
 @triton.jit
-def _add_row(a, b):
-    return Row(b.peak, a.others + b.others, a.soft_others + b.soft_others, a.ties + b.ties, a.qz + b.qz)
-
-
-@triton.jit
-def _add(a, b):
-    """Statistics of different classes, seen from the same maxima."""
-    student, teacher = _add_row(a.student, b.student), _add_row(a.teacher, b.teacher)
-    return Statistics(student, teacher, a.dot + b.dot, a.z_sum + b.z_sum, a.taken + b.taken, a.mass + b.mass)
+def _nothing(student_peak, teacher_peak):
+    """Statistics of no class."""
+    zero = tl.zeros_like(student_peak)
+    student, teacher = Row(student_peak, zero, zero, zero, zero), Row(teacher_peak, zero, zero, zero, zero)
+    return Statistics(student, teacher, zero, zero, zero, zero)
 
 
 @triton.jit
 def _across_row(row):
-    peak, others, soft_others = tl.max(row.peak, axis=1), tl.sum(row.others, axis=1), tl.sum(row.soft_others, axis=1)
-    return Row(peak, others, soft_others, tl.sum(row.ties, axis=1), tl.sum(row.qz, axis=1))
+    sums = tl.sum(row.others, 1), tl.sum(row.soft_others, 1), tl.sum(row.ties, 1), tl.sum(row.qz, 1)
+    return Row(tl.max(row.peak, 1), sums[0], sums[1], sums[2], sums[3])
 
 
 @triton.jit
 def _across(known):
-    """The sum over the threads that share a row."""
-    sums = tl.sum(known.dot, axis=1), tl.sum(known.z_sum, axis=1), tl.sum(known.taken, axis=1), tl.sum(known.mass, axis=1)
+    """Statistics of rows from those of the threads that share them, with the same maxima."""
+    sums = tl.sum(known.dot, 1), tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1)
     return Statistics(_across_row(known.student), _across_row(known.teacher), sums[0], sums[1], sums[2], sums[3])
 
 
 @triton.jit
-def _walk(student, teacher, target, label, inverse, ROWS: tl.constexpr, plan: tl.constexpr):
-    """The statistics of rows that do not fit: each thread has its own, up to the end."""
-    nothing = tl.zeros([ROWS, plan.LANES], tl.float32)
-    row = Row(nothing - float("inf"), nothing, nothing, nothing, nothing)
-    known = Statistics(row, row, nothing, nothing, nothing, nothing)
-    for start in range(0, plan.CLASSES, plan.K * plan.LANES * plan.VECTOR):
+def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
+    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
+    least = tl.zeros([place.row.shape[0], plan.LANES], tl.float32) - float("inf")
+    known = _nothing(least, least)
+    for start in range(0, plan.CLASSES, plan.TILE):
         peaks = known.student.peak, known.teacher.peak
-        _s, _t, block = _block(
-            student, teacher, target, start, label, peaks, inverse, plan
-        )  # fmt: skip
-        known = _add(_move(known, block.student.peak, block.teacher.peak, inverse, plan), block)
-    student_peak = tl.max(known.student.peak, axis=1, keep_dims=True)
-    teacher_peak = tl.max(known.teacher.peak, axis=1, keep_dims=True)
-    return _across(_move(known, student_peak, teacher_peak, inverse, plan))
+        _s, _t, block = _block(student, teacher, target, start, place, peaks, inverse, plan)
+        known = _join(known, block, inverse, plan)
+    zero = tl.zeros_like(least)
+    end = _nothing(_over_lanes(known.student.peak) + zero, _over_lanes(known.teacher.peak) + zero)
+    return _across(_join(known, end, inverse, plan))
 
 
 # --- combine ---
 
 
 @triton.jit
-def _total(row, mass, logits, label, inverse, plan: tl.constexpr):
+def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
     if plan.PROBABILITIES:
-        label_z = tl.zeros_like(row.peak)
-        label_e, label_soft = label_z + 1, label_z + 1
+        z = tl.zeros_like(row.peak)
         rest, soft_rest = row.others + (row.ties - 1), row.soft_others + (row.ties - 1)
-        ce = mass * _log1p(rest) - row.qz
+        return Total(z, z + 1, z + 1, rest, soft_rest, mass * _log1p(rest) - row.qz)
     else:
-        x = tl.load(logits.address + label.index.to(tl.int64) * logits.stride, label.kept, other=0.0).to(tl.float32)
+        x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, place.kept, other=0.0).to(tl.float32)
         # An index that names no class may not be followed: its element is NaN.
-        label_z = tl.where(label.kept, tl.where(label.inside, x - _finite(row.peak), float("nan")), 0.0)
-        label_e, label_soft = _exponentials(label_z, inverse, plan.TEMPERATURE)
+        z = tl.where(place.kept, tl.where(place.inside, x - _finite(row.peak), float("nan")), 0.0)
+        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
         # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-        rest, soft_rest = row.others + (label_e - 1), row.soft_others + (label_soft - 1)
-        ce = _log1p(rest) - label_z
-    return Total(label_z, label_e, label_soft, rest, soft_rest, ce)
+        rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
+        return Total(z, e, soft, rest, soft_rest, _log1p(rest) - z)
 
 
 @triton.jit
-def _combine(student, teacher, dot, inverse):
-    """The weight and the soft term of every row."""
+def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
+    """Weight, soft term and loss of every row."""
+    if not plan.PROBABILITIES:
+        dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
     # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
     # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
     weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
-    return weight, _log1p(student.soft_rest) - dot * inverse / (1 + teacher.soft_rest)
-
-
-@triton.jit
-def _loss(student, weight, soft, z_sum, settings, plan: tl.constexpr):
+    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
     hard = student.ce
     if plan.SMOOTHING:
         uniform = _log1p(student.rest) - z_sum / plan.CLASSES
-        hard = tl.where(settings.smoothing == 1, uniform, (1 - settings.smoothing) * hard + settings.smoothing * uniform)
+        hard = (1 - settings.smoothing) * hard + settings.smoothing * uniform
+        hard = tl.where(settings.smoothing == 1, uniform, hard)
     # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
     # class to which the teacher gives mass.
-    soft = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-    hard = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
-    return hard + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * soft)
+    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
+    loss = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
+    return weight, soft, loss + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * weighted)
 
 
 # --- gradient ---
 
 
 @triton.jit
-def _scales(student, teacher, student_row, teacher_row, mass, weight, unit, settings, plan: tl.constexpr):
+def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr):
     """`unit` is the incoming gradient of every row, 0 where it is ignored."""
     hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
-    hard_peak = (hard_weight - smoothed) * mass + smoothed if plan.PROBABILITIES else hard_weight
+    hard_peak = (hard_weight - smoothed) * known.mass + smoothed if plan.PROBABILITIES else hard_weight
     hard = hard_peak / (1 + student.rest)
     soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
     soft = soft_peak / (1 + student.soft_rest)
-    # A ratio of exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    student_z, teacher_z = 1 + student.soft_rest, 1 + teacher.soft_rest
-    ratio = tl.where(student_z == teacher_z, 1.0, student_z / teacher_z)
+    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
+    agree = student.soft_rest == teacher.soft_rest
+    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
     uniform = smoothed / plan.CLASSES
     # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
-    sure, soft_sure = student_row.others < student.label_e, student_row.soft_others < student.label_soft
-    at_label = tl.where(sure, smoothed - hard * student_row.others, hard * student.label_e - (hard_weight - smoothed))
-    differ = tl.where(
-        soft_sure, ratio * teacher_row.soft_others - student_row.soft_others, student.label_soft - ratio * teacher.label_soft
-    )  # fmt: skip
-    at_label += soft * differ - uniform
-    return Scales(
-        hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak
-    )  # fmt: skip
+    others, soft_others = known.student.others, known.student.soft_others
+    at_label = tl.where(others < student.e, smoothed - hard * others, hard * student.e - (hard_weight - smoothed))
+    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
+    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
+    return Scales(hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak)
 
 
 @triton.jit
-def _write(
-    gradient, student_z, teacher_z, target, start, place, label, student, teacher, scales, inverse, plan: tl.constexpr
-):  # fmt: skip
+def _is_sure(z, rest):
+    """Which class has more than half of the mass."""
+    return z == _tile(tl.where(rest < 1, 0.0, 1.0))
+
+
+@triton.jit
+def _write(gradient, student_z, teacher_z, target, start, place, student, teacher, scales, inverse, plan: tl.constexpr):
     """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
-    lane, step = _columns(plan)
-    columns = start + lane + step
+    lane, step = _columns(start, plan)
+    columns = lane + step
     mask = _tile(place.exists) & (columns < plan.CLASSES)
     e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
     _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
     if plan.PROBABILITIES:
-        # From softmaxes less 1 at their maxima, which are small where their models are sure; and the 1s.
-        at_peak, at_teacher_peak = student_z == 0, teacher_z == 0
-        e = tl.where(at_peak, -_tile(student.rest), e)
-        student_soft = tl.where(at_peak, -_tile(student.soft_rest), student_soft)
-        teacher_soft = tl.where(at_teacher_peak, -_tile(teacher.soft_rest), teacher_soft)
+        # A softmax less 1 where its model is sure, which is small; the 1s that this leaves over come in the end.
+        hard_sure, soft_sure = _is_sure(student_z, student.rest), _is_sure(student_z, student.soft_rest)
+        teacher_sure = _is_sure(teacher_z, teacher.soft_rest)
+        e = tl.where(hard_sure, -_tile(student.rest), e)
+        student_soft = tl.where(soft_sure, -_tile(student.soft_rest), student_soft)
+        teacher_soft = tl.where(teacher_sure, -_tile(teacher.soft_rest), teacher_soft)
     # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
     out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
     if plan.SMOOTHING:
         out -= _tile(scales.uniform)
     if plan.PROBABILITIES:
-        q = _load(target, columns, mask)
-        out += tl.where(at_peak, _tile(scales.hard_peak), 0.0) - _tile(scales.q) * q
-        out += tl.where(at_peak, _tile(scales.soft_peak), 0.0) - tl.where(at_teacher_peak, _tile(scales.soft_peak), 0.0)
+        hard_peak, soft_peak = _tile(scales.hard_peak), _tile(scales.soft_peak)
+        q = _load(target, columns, mask & _tile(place.kept))
+        out += tl.where(hard_sure, hard_peak, 0.0) - _tile(scales.q) * q
+        out += tl.where(soft_sure, soft_peak, 0.0) - tl.where(teacher_sure, soft_peak, 0.0)
     else:
-        # Not the form of `_block`, or registers would hold the answers of all classes until here.
-        out = tl.where(start + lane - _tile(label.index) == -step, _tile(scales.at_label), out)
+        # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
+        out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
     # Where logits are read twice, the gradient is not to drive them out of the cache.
-    MODIFIER: tl.constexpr = "" if plan.K * plan.LANES * plan.VECTOR >= plan.CLASSES else ".cs"
+    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
     tl.store(_tile(gradient.address) + columns.to(tl.int64) * gradient.stride, out, mask, cache_modifier=MODIFIER)
 
 
 @triton.jit
-def _run(student, teacher, target, gradient, place, label, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+def _run(pointers, strides, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
     """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
+    student = _logits(pointers[0], place, strides[0], strides[1], strides[2], plan.VECTOR)
+    teacher = _logits(pointers[1], place, strides[3], strides[4], strides[5], plan.VECTOR)
+    target = student
+    if plan.PROBABILITIES:
+        target = _logits(pointers[2], place, strides[6], strides[7], strides[8], plan.VECTOR)
     inverse = settings.inverse
-    BLOCK: tl.constexpr = plan.K * plan.LANES * plan.VECTOR
-    if BLOCK >= plan.CLASSES:
-        nothing = (0, 0)
-        student_z, teacher_z, known = _block(
-            student, teacher, target, 0, label, nothing, inverse, plan
-        )  # fmt: skip
+
+    if plan.TILE >= plan.CLASSES:
+        student_z, teacher_z, known = _block(student, teacher, target, 0, place, (0, 0), inverse, plan)
         known = _across(known)
     else:
-        known = _walk(student, teacher, target, label, inverse, place.row.shape[0], plan)
+        known = _walk(student, teacher, target, place, inverse, plan)
 
-    student_total = _total(known.student, known.mass, student, label, inverse, plan)
-    teacher_total = _total(known.teacher, known.mass, teacher, label, inverse, plan)
-    dot, z_sum = known.dot, known.z_sum
-    if not plan.PROBABILITIES:
-        dot += _product(teacher_total.label_soft, student_total.label_z)
-        z_sum += student_total.label_z
-    weight, soft = _combine(student_total, teacher_total, dot, inverse)
-    loss = _loss(student_total, weight, soft, z_sum, settings, plan)
+    s = _total(known.student, known.mass, student, place, inverse, plan)
+    t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
 
     if GRADIENT:
-        scales = _scales(
-            student_total, teacher_total, known.student, known.teacher, known.mass, weight,
-            tl.where(label.kept, unit, 0.0), settings, plan,
-        )  # fmt: skip
-        if BLOCK >= plan.CLASSES:
-            _write(
-                gradient, student_z, teacher_z, target, 0, place, label, student_total, teacher_total, scales, inverse, plan
-            )  # fmt: skip
+        gradient = _logits(pointers[3], place, strides[9], strides[10], strides[11], plan.VECTOR)
+        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        if plan.TILE >= plan.CLASSES:
+            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
         else:
-            last: tl.constexpr = (plan.CLASSES - 1) // BLOCK * BLOCK
-            lane, step = _columns(plan)
-            for back in range(0, plan.CLASSES, BLOCK):
-                columns = last - back + lane + step
-                mask = _tile(label.kept) & (columns < plan.CLASSES)
-                s = tl.where(mask, _load(student, columns, mask) - _tile(_finite(known.student.peak)), float("-inf"))
-                t = tl.where(mask, _load(teacher, columns, mask) - _tile(_finite(known.teacher.peak)), float("-inf"))
-                _write(gradient, s, t, target, last - back, place, label, student_total, teacher_total, scales, inverse, plan)
-    return student_total.ce, teacher_total.ce, weight, soft, loss
+            last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
+            for back in range(0, plan.CLASSES, plan.TILE):
+                lane, step = _columns(last - back, plan)
+                mask = _tile(place.kept) & (lane + step < plan.CLASSES)
+                student_z = _load(student, lane + step, mask) - _tile(_finite(known.student.peak))
+                teacher_z = _load(teacher, lane + step, mask) - _tile(_finite(known.teacher.peak))
+                student_z, teacher_z = (
+                    tl.where(mask, student_z, float("-inf")),
+                    tl.where(mask, teacher_z, float("-inf")),
+                )
+                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
+    return (s.ce, t.ce, weight, soft), loss
 
 
 # --- kernels ---
@@ -537,16 +508,15 @@ def _kept(target, first, size, stride, ignore_index, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexpr, PARTS: tl.constexpr):
+def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexpr):
     """What every row counts in the loss: `share`, for a mean over labels divided by how many are not ignored.
 
-    1024 labels are counted here, by every program; of more, `_count_kernel` has counted PARTS.
+    1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
     """
     if COUNT == 1:
-        count = tl.sum(_kept(target, 0, size, stride, ignore_index, 1024), axis=0)
-        return share / count.to(tl.float32)
+        return share / tl.sum(_kept(target, 0, size, stride, ignore_index, 1024), axis=0).to(tl.float32)
     elif COUNT == 2:
-        part = tl.arange(0, PARTS)
+        part = tl.arange(0, 256)
         return share / tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
     else:
         return share
@@ -554,62 +524,62 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, counted, rows,
-    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    student, teacher, target, gradient, loss, counted,
+    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    ignore_index, share, inverse, alpha_t, alpha_t2, hard_weight, smoothing,
+    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
     CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    COUNT: tl.constexpr, PARTS: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
+    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
 
     With TERMS the four terms of every row instead. Moves 2b bytes an element, 3b with the gradient (5b beyond 8192
     classes), for logits of b bytes; the logits of ignored rows are not read.
     """
-    settings = Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing)
-    place = _place(rows, ROWS)
-    s = _logits(student, place, (student_b, student_c, student_r), VECTOR)
-    t = _logits(teacher, place, (teacher_b, teacher_c, teacher_r), VECTOR)
-    q = _logits(target, place, (target_b, target_c, target_r), VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, (gradient_b, gradient_c, gradient_r), VECTOR)
-    label = _label(q, place, ignore_index, Plan(CLASSES, K, LANES, VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING))
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT, PARTS)
-    student_ce, teacher_ce, weight, soft, total = _run(
-        s, t, q, g, place, label, unit, settings, GRADIENT, Plan(CLASSES, K, LANES, VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING)
-    )
+    place = _place(
+        target, target_b, target_r, rows, ignore_index, ROWS,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+    )  # fmt: skip
+    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
+    terms, total = _run(
+        (student, teacher, target, gradient),
+        (student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r),
+        place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+    )  # fmt: skip
     if TERMS:
-        size = place.size
-        tl.store(loss + place.index, tl.where(label.kept, student_ce, 0.0), place.exists)
-        tl.store(loss + size + place.index, tl.where(label.kept, teacher_ce, 0.0), place.exists)
-        tl.store(loss + 2 * size + place.index, tl.where(label.kept, weight, 0.0), place.exists)
-        tl.store(loss + 3 * size + place.index, tl.where(label.kept, soft, 0.0), place.exists)
+        for i in tl.static_range(4):
+            tl.store(loss + i * place.size + place.index, tl.where(place.kept, terms[i], 0.0), place.exists)
     else:
         # Nothing to average: 0 / 0.
-        tl.store(loss + place.index, tl.where(label.kept, total, 0.0) * unit, place.exists)
+        tl.store(loss + place.index, tl.where(place.kept, total, 0.0) * unit, place.exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, upstream, counted, rows,
-    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    ignore_index, share, inverse, alpha_t, alpha_t2, hard_weight, smoothing,
+    student, teacher, target, gradient, upstream, counted,
+    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
+    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, upstream_b, upstream_r,
     CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    COUNT: tl.constexpr, PARTS: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
-    settings = Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing)
-    place = _place(rows, ROWS)
-    s = _logits(student, place, (student_b, student_c, student_r), VECTOR)
-    t = _logits(teacher, place, (teacher_b, teacher_c, teacher_r), VECTOR)
-    q = _logits(target, place, (target_b, target_c, target_r), VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, (gradient_b, gradient_c, gradient_r), VECTOR)
-    label = _label(q, place, ignore_index, Plan(CLASSES, K, LANES, VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING))
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT, PARTS)
-    factor = tl.load(_logits(upstream, place, (upstream_b, 0, upstream_r), 1).address, label.kept, other=0.0)
-    _run(s, t, q, g, place, label, unit * factor.to(tl.float32), settings, True, Plan(CLASSES, K, LANES, VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING))
+    place = _place(
+        target, target_b, target_r, rows, ignore_index, ROWS,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+    )  # fmt: skip
+    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
+    factor = tl.load(upstream + place.batch * upstream_b + place.row * upstream_r, place.kept, other=0.0)
+    _run(
+        (student, teacher, target, gradient),
+        (student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r),
+        place, unit * factor.to(tl.float32), Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -651,7 +621,7 @@ def forward(
     loss = student.new_empty(_rows(student), dtype=torch.float32)
     counted = _launch_forward(student, teacher, target, options, loss, gradient)
     if options.reduction == "none":
-        return loss, counted
+        return loss, None
     total = loss.sum()  # of shares in the mean, where it is one
     return total * math.nan if options.reduction == "mean" and loss.numel() == 0 else total, counted
 
@@ -666,22 +636,20 @@ def backward(
     gradient: Tensor,
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    launch = _launch(student, teacher, target, gradient, options)
-    if launch.programs == 0:
-        return
-    with _device(student):
-        mode, counted, share = _count(student, target, options, state)
-        upstream_strides = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
-        _backward_kernel[(launch.programs,)](
-            student, teacher, target, gradient, upstream, counted, launch.rows, *launch.strides, upstream_strides[0],
-            upstream_strides[2], options.ignore_index, share, *launch.settings, **launch.constants, COUNT=mode,
-        )  # fmt: skip
+    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
+    if programs:
+        b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
+        with _device(student):
+            mode, counted, share = _count(student, target, options, state)
+            _backward_kernel[(programs,)](
+                student, teacher, target, gradient, upstream, counted, *scalars, share, b, r, COUNT=mode, **constants
+            )
 
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
     found = student.new_empty((4, *_rows(student)), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options._replace(reduction="none"), found, None, TERMS=True)
+    _launch_forward(student, teacher, target, options._replace(reduction="none"), found, None, True)
     return found
 
 
@@ -695,20 +663,10 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
 
 # --- launching ---
 
-
-class _Replay(NamedTuple):
-    """A launch of the forward kernel as it was, for tensors of the same description.
-
-    Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
-    host. An interpreted kernel is not compiled and has none.
-    """
-
-    run: Callable[..., None]
-    arguments: tuple[Any, ...]  # after the tensors
-
-
-REPLAYS = 256  # at most; a training loop has two
-_REPLAYS: dict[Any, _Replay] = {}
+# Launches of the forward kernel as they were, by the description of their tensors: what runs it, and all arguments but
+# these. Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
+# host. A training loop has two of them. An interpreted kernel is not compiled and has none.
+_REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _launch_forward(
@@ -718,7 +676,7 @@ def _launch_forward(
     options: Options,
     loss: Tensor,
     gradient: Tensor | None,
-    TERMS: bool = False,
+    terms: bool = False,
 ) -> Tensor | None:
     """Run the forward kernel; returns the count of many labels."""
     key = None
@@ -727,28 +685,27 @@ def _launch_forward(
     if student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors):
         key = (
             student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
-            target.dtype, student.device, options, TERMS, gradient is not None and (gradient.stride(), gradient.dtype),
+            target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
         )  # fmt: skip
-        replay = _REPLAYS.get(key)
-        if replay is not None:
+        if key in _REPLAYS:
+            run, arguments = _REPLAYS[key]
             with _device(student):
-                replay.run(*tensors, student, *replay.arguments)
+                run(*tensors, student, *arguments)
             return None
-    launch = _launch(student, teacher, target, gradient, options)
-    if launch.programs == 0:
+    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
+    if programs == 0:
         return None
     with _device(student):
         mode, counted, share = _count(student, target, options)
-        scalars = (launch.rows, *launch.strides, options.ignore_index, share, *launch.settings)
-        constants = {**launch.constants, "COUNT": mode, "GRADIENT": gradient is not None, "TERMS": TERMS}
-        compiled = _forward_kernel[(launch.programs,)](*tensors, counted, *scalars, **constants)
+        constants |= {"COUNT": mode, "GRADIENT": gradient is not None, "TERMS": terms}
+        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, share, **constants)
     if mode == 2:
         return counted
     if key is not None and compiled is not None:
-        if len(_REPLAYS) == REPLAYS:
+        if len(_REPLAYS) == 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
-        _REPLAYS[key] = _Replay(compiled[(launch.programs, 1, 1)], (*scalars, *constexprs))
+        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, share, *constexprs)
     return None
 
 
@@ -761,72 +718,60 @@ def _count(
         return 0, unused, 1.0
     if target.is_floating_point():
         return 0, unused, 1 / _rows(student).numel()
+    # To read 1024 labels takes no time, and saves a launch.
     batches, rows = target.shape
-    # 1024 labels are read in no time, and counting them on the spot saves a launch.
-    if target.numel() <= 1024 and (batches == 1 or rows == 1 or target.stride(0) == rows * target.stride(1)):
+    if target.numel() <= 1024 and (batches == 1 or target.stride(0) == rows * target.stride(1)):
         return 1, unused, 1.0
     if counted is None:
         labels = target.reshape(-1).contiguous()
-        counted = student.new_empty(min(PARTS, -(-labels.numel() // 1024)), dtype=torch.int32)
+        counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
         _count_kernel[counted.shape](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
     return 2, counted, 1.0
 
 
-class _Launch(NamedTuple):
-    """What the kernels that walk over logits have in common."""
-
-    programs: int
-    rows: int  # of a batch
-    strides: tuple[int, ...]  # of student, teacher, target and gradient, along batch, class and row
-    settings: tuple[float, ...]
-    constants: dict[str, Any]
-
-
 def _launch(
     student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None, options: Options
-) -> _Launch:
-    """Which program takes what. The numbers of rows and batches are ordinary arguments: another one compiles nothing.
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How many programs, their arguments and what they are compiled for. Another number of rows compiles nothing.
 
     A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
     16 warps share a multiprocessor; with fewer, what is computed once a thread and row costs more than the classes. So
     a warp holds 1024 elements, and a row of 1000 classes needs no exchange between warps. Beyond 8192 classes registers
-    also carry statistics from tile to tile, and 16 warps walk over one row: with few rows on their way, the second pass
-    finds its row in the L2 cache.
+    also carry statistics from tile to tile, so tiles are half as large, and 16 warps walk over one row: with few rows
+    on their way, the second pass finds its row in the L2 cache.
     """
     batches, classes, rows = student.shape
     if rows == 1:
         batches, rows = 1, batches
     probabilities = target.is_floating_point()
-    tensors = (student, teacher, target if probabilities else target[:, None], student if gradient is None else gradient)
+    tensors = (
+        student,
+        teacher,
+        target if probabilities else target[:, None],
+        student if gradient is None else gradient,
+    )
     strides = [_strides(tensor, student) for tensor in tensors]
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
-    walked = [i for i in range(4) if i != 2 or probabilities]
     vector = 1
     if not pixels:
-        unit = 16 // max(tensors[i].element_size() for i in walked)
-        vector = math.gcd(unit, classes, *(strides[i][axis] for i in walked for axis in (0, 2)))
-    largest = 1024 if pixels else 8192
-    lanes = _power_of_2(-(-classes // 32))
-    warps = max(4, lanes if pixels else lanes // 32)
-    k = _power_of_2(-(-classes // (lanes * vector)))
-    if classes > largest:
-        warps = 16
-        lanes = 16 if pixels else 512
-        k = 16 // vector
+        walked = [i for i in range(4) if i != 2 or probabilities]
+        largest = max(tensors[i].element_size() for i in walked)
+        vector = math.gcd(16 // largest, classes, *(strides[i][axis] for i in walked for axis in (0, 2)))
+    if classes <= (1024 if pixels else 8192):
+        lanes = _power_of_2(classes / 32)
+        warps = max(4, lanes if pixels else lanes // 32)
+        k = _power_of_2(classes / (lanes * vector))
+    else:
+        warps, lanes, k = 16, 16 if pixels else 512, 16 // vector
     block = warps * 32 // lanes
-    smoothing = options.label_smoothing
-    alpha_t = options.alpha * options.temperature
-    return _Launch(
-        batches * -(-rows // block),
-        rows,
-        tuple(stride for operand in strides for stride in operand),
-        (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing),
-        {
-            "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
-            "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
-            "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PARTS": PARTS, "num_warps": warps,
-        },
-    )  # fmt: skip
+    alpha_t, smoothing = options.alpha * options.temperature, options.label_smoothing
+    settings = (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing)
+    scalars = (rows, *(stride for operand in strides for stride in operand), options.ignore_index, *settings)
+    return batches * -(-rows // block), scalars, {
+        "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
+        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
+        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "num_warps": warps,
+    }  # fmt: skip
 
 
 def _rows(logits: Tensor) -> torch.Size:
@@ -839,9 +784,9 @@ def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
 
 
-def _power_of_2(size: int) -> int:
+def _power_of_2(size: float) -> int:
     """The smallest power of two that holds `size`."""
-    return 1 << (size - 1).bit_length()
+    return 1 << (math.ceil(size) - 1).bit_length()
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
