@@ -128,12 +128,6 @@ class Scales(NamedTuple):
 
 
 @triton.jit
-def _exp(x):
-    """exp(x) by the hardware's exp2."""
-    return tl.exp2(x * 1.4426950408889634)
-
-
-@triton.jit
 def _log1p(x):
     """log(1 + x) for x >= 0 to float32 precision; the hardware logarithm has no relative precision near 1."""
     s = x / (2 + x)  # log(1 + x) = 2 atanh(x / (2 + x)), 8 terms of which are exact to 1e-9 for x < 1
@@ -150,22 +144,20 @@ def _one_minus_exp(r):
     p = 1 - r * (1 / 8) * (1 - r * (1 / 9))
     p = 1 - r * (1 / 5) * (1 - r * (1 / 6) * (1 - r * (1 / 7) * p))
     p = 1 - r * (1 / 2) * (1 - r * (1 / 3) * (1 - r * (1 / 4) * p))
-    return tl.where(r < 0.5, r * p, 1 - _exp(-r))
+    return tl.where(r < 0.5, r * p, 1 - tl.exp2(r * -1.4426950408889634))
 
 
 @triton.jit
 def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
     """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
     if TEMPERATURE == 1:
-        soft = _exp(z)
-        e = soft
+        soft = tl.exp2(z * 1.4426950408889634)
+        return soft, soft
     elif TEMPERATURE == 2:
         soft = tl.exp2(z * 0.7213475204444817)
-        e = soft * soft
+        return soft * soft, soft
     else:
-        soft = tl.exp2(z * (inverse * 1.4426950408889634))
-        e = _exp(z)
-    return e, soft
+        return tl.exp2(z * 1.4426950408889634), tl.exp2(z * (inverse * 1.4426950408889634))
 
 
 @triton.jit
@@ -329,16 +321,13 @@ def _nothing(student_peak, teacher_peak):
 
 
 @triton.jit
-def _across_row(row):
-    sums = tl.sum(row.others, 1), tl.sum(row.soft_others, 1), tl.sum(row.ties, 1), tl.sum(row.qz, 1)
-    return Row(tl.max(row.peak, 1), sums[0], sums[1], sums[2], sums[3])
-
-
-@triton.jit
 def _across(known):
-    """Statistics of rows from those of the threads that share them, with the same maxima."""
-    sums = tl.sum(known.dot, 1), tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1)
-    return Statistics(_across_row(known.student), _across_row(known.teacher), sums[0], sums[1], sums[2], sums[3])
+    """Statistics of rows from those of the threads that share them and their maxima."""
+    s, t = known.student, known.teacher
+    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.ties, 1), tl.sum(s.qz, 1))
+    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.ties, 1), tl.sum(t.qz, 1))
+    z_sum, taken, mass = tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1)
+    return Statistics(s, t, tl.sum(known.dot, 1), z_sum, taken, mass)
 
 
 @triton.jit
@@ -618,8 +607,8 @@ def forward(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The reduced loss; `gradient` is filled for an incoming gradient of 1. The state is the count of many labels."""
-    loss = student.new_empty(_rows(student), dtype=torch.float32)
-    counted = _launch_forward(student, teacher, target, options, loss, gradient)
+    loss = student.new_empty(student.shape[::2], dtype=torch.float32)
+    counted = _launch_forward(student, teacher, target, options, loss, gradient, False)
     if options.reduction == "none":
         return loss, None
     total = loss.sum()  # of shares in the mean, where it is one
@@ -627,14 +616,9 @@ def forward(
 
 
 def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    state: Tensor | None,
-    upstream: Tensor,
-    options: Options,
-    gradient: Tensor,
-) -> None:
+    student: Tensor, teacher: Tensor, target: Tensor, state: Tensor | None,
+    upstream: Tensor, options: Options, gradient: Tensor,
+) -> None:  # fmt: skip
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     programs, scalars, constants = _launch(student, teacher, target, gradient, options)
     if programs:
@@ -648,7 +632,7 @@ def backward(
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
-    found = student.new_empty((4, *_rows(student)), dtype=torch.float32)
+    found = student.new_empty((4, *student.shape[::2]), dtype=torch.float32)
     _launch_forward(student, teacher, target, options._replace(reduction="none"), found, None, True)
     return found
 
@@ -670,14 +654,9 @@ _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _launch_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    options: Options,
-    loss: Tensor,
-    gradient: Tensor | None,
-    terms: bool = False,
-) -> Tensor | None:
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options,
+    loss: Tensor, gradient: Tensor | None, terms: bool,
+) -> Tensor | None:  # fmt: skip
     """Run the forward kernel; returns the count of many labels."""
     key = None
     tensors = (student, teacher, target, student if gradient is None else gradient, loss)
@@ -717,7 +696,7 @@ def _count(
     if options.reduction != "mean":
         return 0, unused, 1.0
     if target.is_floating_point():
-        return 0, unused, 1 / _rows(student).numel()
+        return 0, unused, 1 / (student.shape[0] * student.shape[2])
     # To read 1024 labels takes no time, and saves a launch.
     batches, rows = target.shape
     if target.numel() <= 1024 and (batches == 1 or target.stride(0) == rows * target.stride(1)):
@@ -736,9 +715,9 @@ def _launch(
 
     A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
     16 warps share a multiprocessor; with fewer, what is computed once a thread and row costs more than the classes. So
-    a warp holds 1024 elements, and a row of 1000 classes needs no exchange between warps. Beyond 8192 classes registers
-    also carry statistics from tile to tile, so tiles are half as large, and 16 warps walk over one row: with few rows
-    on their way, the second pass finds its row in the L2 cache.
+    a warp holds 1024 elements, and a row of 1000 classes needs no exchange between warps. With probabilities, or where
+    registers carry statistics from tile to tile, it is 16; then 16 warps walk over one row, and with few rows on their
+    way the second pass finds its row in the L2 cache.
     """
     batches, classes, rows = student.shape
     if rows == 1:
@@ -757,12 +736,11 @@ def _launch(
         walked = [i for i in range(4) if i != 2 or probabilities]
         largest = max(tensors[i].element_size() for i in walked)
         vector = math.gcd(16 // largest, classes, *(strides[i][axis] for i in walked for axis in (0, 2)))
-    if classes <= (1024 if pixels else 8192):
-        lanes = _power_of_2(classes / 32)
-        warps = max(4, lanes if pixels else lanes // 32)
-        k = _power_of_2(classes / (lanes * vector))
-    else:
-        warps, lanes, k = 16, 16 if pixels else 512, 16 // vector
+    lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
+    k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
+    if classes > (512 if pixels else 8192):
+        lanes, k = 16 if pixels else 512, 16 // vector
+    warps = max(4, lanes if pixels else lanes // 32)
     block = warps * 32 // lanes
     alpha_t, smoothing = options.alpha * options.temperature, options.label_smoothing
     settings = (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing)
@@ -774,19 +752,10 @@ def _launch(
     }  # fmt: skip
 
 
-def _rows(logits: Tensor) -> torch.Size:
-    return logits.shape[:1] + logits.shape[2:]
-
-
 def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
     """Of batch, class and row; (B, C, 1) is read as one batch of B rows."""
     b, c, r = tensor.stride()
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
-
-
-def _power_of_2(size: float) -> int:
-    """The smallest power of two that holds `size`."""
-    return 1 << (math.ceil(size) - 1).bit_length()
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
