@@ -205,16 +205,18 @@ def _aligned(x, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _place(target, target_b, target_r, rows, ignore_index, ROWS: tl.constexpr, plan: tl.constexpr):
+def _place(
+    target, b, r, rows, ignore_index, CLASSES: tl.constexpr, ROWS: tl.constexpr, PROBABILITIES: tl.constexpr
+):  # fmt: skip
     blocks = tl.cdiv(rows, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     exists = row < rows
     label, kept = row * 0, exists
-    if not plan.PROBABILITIES:
-        label = tl.load(target + batch * target_b + row * target_r, exists, other=0).to(tl.int64)
+    if not PROBABILITIES:
+        label = tl.load(target + batch * b + row * r, exists, other=0).to(tl.int64)
         kept = exists & (label != ignore_index)
-    inside = (label >= 0) & (label < plan.CLASSES)
+    inside = (label >= 0) & (label < CLASSES)
     label = tl.where(inside, label, 0).to(tl.int32)
     size = tl.num_programs(0) // blocks * rows.to(tl.int64)
     return Place(batch, row, batch * rows + row, size, exists, label, inside, kept)
@@ -408,12 +410,6 @@ def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr)
 
 
 @triton.jit
-def _is_sure(z, rest):
-    """Which class has more than half of the mass."""
-    return z == _tile(tl.where(rest < 1, 0.0, 1.0))
-
-
-@triton.jit
 def _write(gradient, student_z, teacher_z, target, start, place, student, teacher, scales, inverse, plan: tl.constexpr):
     """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
     lane, step = _columns(start, plan)
@@ -422,9 +418,10 @@ def _write(gradient, student_z, teacher_z, target, start, place, student, teache
     e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
     _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
     if plan.PROBABILITIES:
-        # A softmax less 1 where its model is sure, which is small; the 1s that this leaves over come in the end.
-        hard_sure, soft_sure = _is_sure(student_z, student.rest), _is_sure(student_z, student.soft_rest)
-        teacher_sure = _is_sure(teacher_z, teacher.soft_rest)
+        # Where a class has most of the mass, its softmax less 1, which is small; the 1s left over come in the end.
+        hard_sure = (student_z == 0) & _tile(student.rest < 1)
+        soft_sure = (student_z == 0) & _tile(student.soft_rest < 1)
+        teacher_sure = (teacher_z == 0) & _tile(teacher.soft_rest < 1)
         e = tl.where(hard_sure, -_tile(student.rest), e)
         student_soft = tl.where(soft_sure, -_tile(student.soft_rest), student_soft)
         teacher_soft = tl.where(teacher_sure, -_tile(teacher.soft_rest), teacher_soft)
@@ -446,15 +443,9 @@ def _write(gradient, student_z, teacher_z, target, start, place, student, teache
 
 
 @triton.jit
-def _run(pointers, strides, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
     """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
-    student = _logits(pointers[0], place, strides[0], strides[1], strides[2], plan.VECTOR)
-    teacher = _logits(pointers[1], place, strides[3], strides[4], strides[5], plan.VECTOR)
-    target = student
-    if plan.PROBABILITIES:
-        target = _logits(pointers[2], place, strides[6], strides[7], strides[8], plan.VECTOR)
     inverse = settings.inverse
-
     if plan.TILE >= plan.CLASSES:
         student_z, teacher_z, known = _block(student, teacher, target, 0, place, (0, 0), inverse, plan)
         known = _across(known)
@@ -466,7 +457,6 @@ def _run(pointers, strides, place, unit, settings, GRADIENT: tl.constexpr, plan:
     weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
 
     if GRADIENT:
-        gradient = _logits(pointers[3], place, strides[9], strides[10], strides[11], plan.VECTOR)
         scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
         if plan.TILE >= plan.CLASSES:
             _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
@@ -526,16 +516,14 @@ def _forward_kernel(
     With TERMS the four terms of every row instead. Moves 2b bytes an element, 3b with the gradient (5b beyond 8192
     classes), for logits of b bytes; the logits of ignored rows are not read.
     """
-    place = _place(
-        target, target_b, target_r, rows, ignore_index, ROWS,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
-    )  # fmt: skip
+    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
+    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
+    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
+    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
+    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
     unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
     terms, total = _run(
-        (student, teacher, target, gradient),
-        (student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r),
-        place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
         Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
     )  # fmt: skip
     if TERMS:
@@ -556,17 +544,16 @@ def _backward_kernel(
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
-    place = _place(
-        target, target_b, target_r, rows, ignore_index, ROWS,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
-    )  # fmt: skip
+    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
+    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
+    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
+    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
+    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
     unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
     factor = tl.load(upstream + place.batch * upstream_b + place.row * upstream_r, place.kept, other=0.0)
+    unit *= factor.to(tl.float32)
     _run(
-        (student, teacher, target, gradient),
-        (student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-         target_b, target_c, target_r, gradient_b, gradient_c, gradient_r),
-        place, unit * factor.to(tl.float32), Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
+        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
         Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
     )  # fmt: skip
 
