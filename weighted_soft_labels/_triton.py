@@ -51,6 +51,7 @@ class Plan(NamedTuple):
     TEMPERATURE: tl.constexpr
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
+    PIXELS: tl.constexpr
 
 
 class Settings(NamedTuple):
@@ -91,13 +92,19 @@ class Row(NamedTuple):
     qz: tl.tensor  # for probabilities: sum of q * z
 
 
-class Statistics(NamedTuple):
-    student: Row
-    teacher: Row
+class Sums(NamedTuple):
+    """What is known of both sets of logits together."""
+
     dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
     z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
     taken: tl.tensor  # for label smoothing: of how many classes
     mass: tl.tensor  # for probabilities: sum of q
+
+
+class Statistics(NamedTuple):
+    student: Row
+    teacher: Row
+    sums: Sums
 
 
 class Total(NamedTuple):
@@ -224,26 +231,31 @@ def _place(
 
 @triton.jit
 def _logits(pointer, place, b, c, r, VECTOR: tl.constexpr):
-    address = pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR))
-    if VECTOR == 1:
-        # Hides alignment: a thread is to take all classes of a row, not one class of neighbouring rows.
-        address = tl.multiple_of(address, 1)
-    return Logits(address, c)
+    return Logits(pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR)), c)
 
 
 @triton.jit
 def _columns(start, plan: tl.constexpr):
     """The classes of a tile: the first of every lane, [1, 1, LANES, 1], and how far from it the rest is."""
-    # Hides that these follow each other: K is no place for lanes.
-    k = tl.max_contiguous(tl.arange(0, plan.K), 1)[:, None, None, None] * (plan.LANES * plan.VECTOR)
+    k = tl.arange(0, plan.K)[:, None, None, None] * (plan.LANES * plan.VECTOR)
     lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
     return lane, k + tl.arange(0, plan.VECTOR)[None, None, None, :]
 
 
 @triton.jit
-def _load(logits, columns, mask):
+def _address(logits, columns, plan: tl.constexpr):
+    """Addresses of a tile. Hints at what is contiguous decide which dimensions are a warp's lanes; never is it K."""
+    address = _tile(logits.address) + columns.to(tl.int64) * logits.stride
+    if plan.PIXELS:  # hides alignment: a thread is to take all classes of a row, not one class of neighbouring rows
+        return tl.max_contiguous(tl.multiple_of(address, [1, 1, 1, 1]), [1, 4, 2, 1])
+    else:
+        return tl.max_contiguous(address, [1, 2, 4, 8])
+
+
+@triton.jit
+def _load(logits, columns, mask, plan: tl.constexpr):
     """Anything at all where `mask` is false: to say what would take an instruction a class."""
-    return tl.load(_tile(logits.address) + columns.to(tl.int64) * logits.stride, mask).to(tl.float32)
+    return tl.load(_address(logits, columns, plan), mask).to(tl.float32)
 
 
 # --- statistics ---
@@ -271,7 +283,7 @@ def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.cons
     lane, step = _columns(start, plan)
     columns = lane + step
     mask = _tile(place.kept) & (columns < plan.CLASSES)
-    s, t = _load(student, columns, mask), _load(teacher, columns, mask)
+    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
     student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
     teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
     if plan.TILE >= plan.CLASSES:
@@ -279,7 +291,7 @@ def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.cons
     else:
         student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
     if plan.PROBABILITIES:
-        others, q = mask, tl.where(mask, _load(target, columns, mask), 0.0)
+        others, q = mask, tl.where(mask, _load(target, columns, mask, plan), 0.0)
     else:
         others, q = mask & (_tile(place.label) - lane != step), s  # in one comparison with a constant
     student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
@@ -290,7 +302,8 @@ def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.cons
         z_sum, taken = _sum(tl.where(others, student_z, 0.0)), _sum(tl.where(others, 1.0, 0.0))
     if plan.PROBABILITIES:
         mass = _sum(q)
-    return student_z, teacher_z, Statistics(student_row, teacher_row, dot, z_sum, taken, mass)
+    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
+    return student_z, teacher_z, student_row, teacher_row, Sums(dot, z_sum, taken, mass)
 
 
 @triton.jit
@@ -306,12 +319,14 @@ def _join_row(a, b, mass, inverse, plan: tl.constexpr):
 @triton.jit
 def _join(a, b, inverse, plan: tl.constexpr):
     """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
-    student, move, _ = _join_row(a.student, b.student, a.mass, inverse, plan)
-    teacher, _, factor = _join_row(a.teacher, b.teacher, a.mass, inverse, plan)
-    dot = a.dot - (a.teacher.soft_others + a.teacher.ties) * move
+    x, y = a.sums, b.sums
+    student, move, _ = _join_row(a.student, b.student, x.mass, inverse, plan)
+    teacher, _, factor = _join_row(a.teacher, b.teacher, x.mass, inverse, plan)
+    dot = x.dot - (a.teacher.soft_others + a.teacher.ties) * move
     # Nothing is left of an infinite sum that has no weight any more.
-    dot = tl.where(factor == 0, 0.0, dot * factor) + b.dot
-    return Statistics(student, teacher, dot, a.z_sum - a.taken * move + b.z_sum, a.taken + b.taken, a.mass + b.mass)
+    dot = tl.where(factor == 0, 0.0, dot * factor) + y.dot
+    sums = Sums(dot, x.z_sum - x.taken * move + y.z_sum, x.taken + y.taken, x.mass + y.mass)
+    return Statistics(student, teacher, sums)
 
 
 @triton.jit
@@ -319,7 +334,7 @@ def _nothing(student_peak, teacher_peak):
     """Statistics of no class."""
     zero = tl.zeros_like(student_peak)
     student, teacher = Row(student_peak, zero, zero, zero, zero), Row(teacher_peak, zero, zero, zero, zero)
-    return Statistics(student, teacher, zero, zero, zero, zero)
+    return Statistics(student, teacher, Sums(zero, zero, zero, zero))
 
 
 @triton.jit
@@ -328,8 +343,8 @@ def _across(known):
     s, t = known.student, known.teacher
     s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.ties, 1), tl.sum(s.qz, 1))
     t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.ties, 1), tl.sum(t.qz, 1))
-    z_sum, taken, mass = tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1)
-    return Statistics(s, t, tl.sum(known.dot, 1), z_sum, taken, mass)
+    x = known.sums
+    return Statistics(s, t, Sums(tl.sum(x.dot, 1), tl.sum(x.z_sum, 1), tl.sum(x.taken, 1), tl.sum(x.mass, 1)))
 
 
 @triton.jit
@@ -339,8 +354,8 @@ def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
     known = _nothing(least, least)
     for start in range(0, plan.CLASSES, plan.TILE):
         peaks = known.student.peak, known.teacher.peak
-        _s, _t, block = _block(student, teacher, target, start, place, peaks, inverse, plan)
-        known = _join(known, block, inverse, plan)
+        _s, _t, s, t, sums = _block(student, teacher, target, start, place, peaks, inverse, plan)
+        known = _join(known, Statistics(s, t, sums), inverse, plan)
     zero = tl.zeros_like(least)
     end = _nothing(_over_lanes(known.student.peak) + zero, _over_lanes(known.teacher.peak) + zero)
     return _across(_join(known, end, inverse, plan))
@@ -393,7 +408,7 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
 def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr):
     """`unit` is the incoming gradient of every row, 0 where it is ignored."""
     hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
-    hard_peak = (hard_weight - smoothed) * known.mass + smoothed if plan.PROBABILITIES else hard_weight
+    hard_peak = (hard_weight - smoothed) * known.sums.mass + smoothed if plan.PROBABILITIES else hard_weight
     hard = hard_peak / (1 + student.rest)
     soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
     soft = soft_peak / (1 + student.soft_rest)
@@ -431,7 +446,7 @@ def _write(gradient, student_z, teacher_z, target, start, place, student, teache
         out -= _tile(scales.uniform)
     if plan.PROBABILITIES:
         hard_peak, soft_peak = _tile(scales.hard_peak), _tile(scales.soft_peak)
-        q = _load(target, columns, mask & _tile(place.kept))
+        q = _load(target, columns, mask & _tile(place.kept), plan)
         out += tl.where(hard_sure, hard_peak, 0.0) - _tile(scales.q) * q
         out += tl.where(soft_sure, soft_peak, 0.0) - tl.where(teacher_sure, soft_peak, 0.0)
     else:
@@ -439,7 +454,7 @@ def _write(gradient, student_z, teacher_z, target, start, place, student, teache
         out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
     # Where logits are read twice, the gradient is not to drive them out of the cache.
     MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
-    tl.store(_tile(gradient.address) + columns.to(tl.int64) * gradient.stride, out, mask, cache_modifier=MODIFIER)
+    tl.store(_address(gradient, columns, plan), out, mask, cache_modifier=MODIFIER)
 
 
 @triton.jit
@@ -447,32 +462,46 @@ def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl
     """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
     inverse = settings.inverse
     if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, known = _block(student, teacher, target, 0, place, (0, 0), inverse, plan)
-        known = _across(known)
+        student_z, teacher_z, s, t, sums = _block(student, teacher, target, 0, place, (0, 0), inverse, plan)
+        known = _across(Statistics(s, t, sums))
     else:
         known = _walk(student, teacher, target, place, inverse, plan)
 
-    s = _total(known.student, known.mass, student, place, inverse, plan)
-    t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
-    weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
+    student_total = _total(known.student, known.sums.mass, student, place, inverse, plan)
+    teacher_total = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(student_total, teacher_total, known.sums.dot, known.sums.z_sum, settings, plan)
 
     if GRADIENT:
-        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        scales = _scales(known, student_total, teacher_total, weight, tl.where(place.kept, unit, 0.0), settings, plan)
         if plan.TILE >= plan.CLASSES:
-            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
+            _write(
+                gradient, student_z, teacher_z, target, 0, place, student_total, teacher_total, scales, inverse, plan
+            )
         else:
             last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
             for back in range(0, plan.CLASSES, plan.TILE):
                 lane, step = _columns(last - back, plan)
                 mask = _tile(place.kept) & (lane + step < plan.CLASSES)
-                student_z = _load(student, lane + step, mask) - _tile(_finite(known.student.peak))
-                teacher_z = _load(teacher, lane + step, mask) - _tile(_finite(known.teacher.peak))
+                student_z = _load(student, lane + step, mask, plan) - _tile(_finite(known.student.peak))
+                teacher_z = _load(teacher, lane + step, mask, plan) - _tile(_finite(known.teacher.peak))
                 student_z, teacher_z = (
                     tl.where(mask, student_z, float("-inf")),
                     tl.where(mask, teacher_z, float("-inf")),
                 )
-                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
-    return (s.ce, t.ce, weight, soft), loss
+                _write(
+                    gradient,
+                    student_z,
+                    teacher_z,
+                    target,
+                    last - back,
+                    place,
+                    student_total,
+                    teacher_total,
+                    scales,
+                    inverse,
+                    plan,
+                )
+    return (student_total.ce, teacher_total.ce, weight, soft), loss
 
 
 # --- kernels ---
@@ -508,7 +537,8 @@ def _forward_kernel(
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
     ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
     CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    COUNT: tl.constexpr,
     GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
@@ -524,7 +554,7 @@ def _forward_kernel(
     unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
     terms, total = _run(
         s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
     )  # fmt: skip
     if TERMS:
         for i in tl.static_range(4):
@@ -541,7 +571,8 @@ def _backward_kernel(
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
     ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, upstream_b, upstream_r,
     CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
     place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
@@ -554,7 +585,7 @@ def _backward_kernel(
     unit *= factor.to(tl.float32)
     _run(
         s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING),
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
     )  # fmt: skip
 
 
@@ -735,7 +766,7 @@ def _launch(
     return batches * -(-rows // block), scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
         "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
-        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "num_warps": warps,
+        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PIXELS": pixels, "num_warps": warps,
     }  # fmt: skip
 
 
