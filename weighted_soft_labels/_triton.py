@@ -262,9 +262,14 @@ def _load(logits, columns, mask, plan: tl.constexpr):
 
 
 @triton.jit
+def _z(x, taken, peak):
+    return tl.where(taken, x - _tile(_finite(peak)), float("-inf"))
+
+
+@triton.jit
 def _row(x, q, others, peak, inverse, plan: tl.constexpr):
     """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
-    z = tl.where(others, x - _tile(_finite(peak)), float("-inf"))
+    z = _z(x, others, peak)
     e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
     if plan.PROBABILITIES:
         below = tl.where(z == 0, 0.0, e), tl.where(z == 0, 0.0, soft)
@@ -462,46 +467,30 @@ def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl
     """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
     inverse = settings.inverse
     if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, s, t, sums = _block(student, teacher, target, 0, place, (0, 0), inverse, plan)
-        known = _across(Statistics(s, t, sums))
+        student_z, teacher_z, student_row, teacher_row, sums = _block(
+            student, teacher, target, 0, place, (0, 0), inverse, plan
+        )
+        known = _across(Statistics(student_row, teacher_row, sums))
     else:
         known = _walk(student, teacher, target, place, inverse, plan)
 
-    student_total = _total(known.student, known.sums.mass, student, place, inverse, plan)
-    teacher_total = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
-    weight, soft, loss = _combine(student_total, teacher_total, known.sums.dot, known.sums.z_sum, settings, plan)
+    s = _total(known.student, known.sums.mass, student, place, inverse, plan)
+    t = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(s, t, known.sums.dot, known.sums.z_sum, settings, plan)
 
     if GRADIENT:
-        scales = _scales(known, student_total, teacher_total, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
         if plan.TILE >= plan.CLASSES:
-            _write(
-                gradient, student_z, teacher_z, target, 0, place, student_total, teacher_total, scales, inverse, plan
-            )
+            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
         else:
             last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
             for back in range(0, plan.CLASSES, plan.TILE):
                 lane, step = _columns(last - back, plan)
                 mask = _tile(place.kept) & (lane + step < plan.CLASSES)
-                student_z = _load(student, lane + step, mask, plan) - _tile(_finite(known.student.peak))
-                teacher_z = _load(teacher, lane + step, mask, plan) - _tile(_finite(known.teacher.peak))
-                student_z, teacher_z = (
-                    tl.where(mask, student_z, float("-inf")),
-                    tl.where(mask, teacher_z, float("-inf")),
-                )
-                _write(
-                    gradient,
-                    student_z,
-                    teacher_z,
-                    target,
-                    last - back,
-                    place,
-                    student_total,
-                    teacher_total,
-                    scales,
-                    inverse,
-                    plan,
-                )
-    return (student_total.ce, teacher_total.ce, weight, soft), loss
+                student_z = _z(_load(student, lane + step, mask, plan), mask, known.student.peak)
+                teacher_z = _z(_load(teacher, lane + step, mask, plan), mask, known.teacher.peak)
+                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
+    return (s.ce, t.ce, weight, soft), loss
 
 
 # --- kernels ---
@@ -741,12 +730,8 @@ def _launch(
     if rows == 1:
         batches, rows = 1, batches
     probabilities = target.is_floating_point()
-    tensors = (
-        student,
-        teacher,
-        target if probabilities else target[:, None],
-        student if gradient is None else gradient,
-    )
+    q = target if probabilities else target[:, None]
+    tensors = (student, teacher, q, student if gradient is None else gradient)
     strides = [_strides(tensor, student) for tensor in tensors]
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
     vector = 1
