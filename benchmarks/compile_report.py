@@ -1,15 +1,13 @@
 """Compile the kernels ahead of time for GPUs that need not be here, and report what each takes.
 
-The launchers run on tensors without data; what they would launch is recorded and compiled for NVIDIA and AMD: exactly
-the specialisations that the same shapes get on a GPU. Printed are registers a thread, what it spills, bytes of shared
-memory a program, and how many loads and stores of which width are in the code. Exits with 1 if a kernel spills or takes
-logits in pieces narrower than 16 bytes although they can be that wide. Run `python benchmarks/compile_report.py`.
+What the launchers would launch for tensors without data is compiled for NVIDIA and AMD: exactly the specialisations
+that the same shapes get on a GPU. Printed are registers a thread, what it spills, shared memory a program, and loads and
+stores by width. Exits with 1 if a kernel spills, or takes logits in pieces below 16 bytes that can be that wide.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import subprocess
 import sys
@@ -28,12 +26,8 @@ from triton.compiler import ASTSource
 from weighted_soft_labels import _triton
 from weighted_soft_labels.loss import Options
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
+TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
+TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 KERNELS = ("_forward_kernel", "_backward_kernel", "_scale_kernel", "_count_kernel")
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 POINTERS = {FP32: "*fp32", HALF: "*fp16", BF16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
@@ -67,7 +61,6 @@ class Case(NamedTuple):
         return student, torch.empty_like(student, dtype=self.teacher or self.student), target
 
 
-EVERYWHERE = tuple(TARGETS)
 CASES = [
     # Every number of classes in a thread up to 32, with and without vectors of 16 bytes. channels_last is "rows".
     *(Case(classes) for classes in (2, 3, 5, 10, 13, 19, 21, 24, 27, 31, 32, 33, 40)),
@@ -75,13 +68,13 @@ CASES = [
     *(Case(classes, dtype, layout="pixels") for classes in (2, 19, 150) for dtype in (FP32, BF16)),
     *(Case(classes, layout="odd") for classes in (21, 32, 1025)),
     # The largest tiles, and temperatures that take more exponentials.
-    *(Case(1000, dtype, targets=EVERYWHERE) for dtype in (FP32, BF16)),
+    *(Case(1000, dtype, targets=tuple(TARGETS)) for dtype in (FP32, BF16)),
     *(Case(classes, dtype, temperature=3.0) for classes in (1000, 1029) for dtype in (FP32, BF16)),
     Case(8192, BF16, targets=("sm_80", "sm_90")),
     Case(8191),
-    Case(100, targets=EVERYWHERE, all_kernels=True),
+    Case(100, targets=tuple(TARGETS), all_kernels=True),
     Case(128, HALF, all_kernels=True),
-    Case(8193, targets=EVERYWHERE),
+    Case(8193, targets=tuple(TARGETS)),
     Case(32000, BF16, targets=("sm_80", "sm_90"), temperature=4.0),
     # Probabilities, and dtypes that differ.
     *(Case(classes, BF16, probabilities=True) for classes in (19, 1000, 32000)),
@@ -90,8 +83,6 @@ CASES = [
 
 
 class Launch(NamedTuple):
-    """A kernel and with what it would have been compiled."""
-
     kernel: str
     signature: dict[str, str]
     constexprs: dict[str, Any]
@@ -132,7 +123,7 @@ class Recorder:
 
 
 def launches(case: Case) -> list[Launch]:
-    """The forward kernel with a gradient; with `all_kernels` also both ways to scale it, and the terms."""
+    """The forward kernel with a gradient; with `all_kernels` the others, too."""
     student, teacher, target = case.tensors()
     gradient = torch.empty_like(student)
     options = Options(case.temperature, label_smoothing=0.1 if case.probabilities else 0.0)
@@ -153,11 +144,6 @@ def launches(case: Case) -> list[Launch]:
             setattr(_triton, name, kernel)
 
 
-def tool(name: str, *arguments: str | Path) -> str:
-    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def resources(compiled: Any) -> tuple[int, int, Counter[int], Counter[int]]:
     """Registers a thread, bytes (NVIDIA) or vector registers (AMD) spilled, loads and stores by width."""
     loads, stores = Counter[int](), Counter[int]()
@@ -171,7 +157,9 @@ def resources(compiled: Any) -> tuple[int, int, Counter[int], Counter[int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        report, code = tool("cuobjdump", "-res-usage", file.name), tool("nvdisasm", "-c", file.name)
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        commands = [tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name]
+        report, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
     for kind, modifiers in re.findall(r"\b(LDG|STG)\.(\S+)", code):
         bits = re.search(r"\b[US]?(8|16|64|128)\b", modifiers)
         (loads if kind == "LDG" else stores)[int(bits[1]) // 8 if bits else 4] += 1
@@ -184,9 +172,8 @@ def run(job: tuple[Case, Launch, str]) -> tuple[str, bool]:
     case, launch, target = job
     compiled = launch.compile(TARGETS[target])
     registers, spilled, *accesses = resources(compiled)
-    wrong = "  SPILLS" if spilled else ""
-    if launch.kernel == "_forward_kernel" and case.is_wide() and not all(widths[16] for widths in accesses):
-        wrong += "  NARROW"
+    wrong = "  SPILLS" * bool(spilled)
+    wrong += "  NARROW" * (case.is_wide() and launch.kernel == "_forward_kernel" and not accesses[0][16])
     dtypes = "/".join(str(dtype)[6:] for dtype in (case.student, case.teacher) if dtype)
     shape = f"{case.classes} {dtypes} {case.layout} T={case.temperature:g}{' probabilities' * case.probabilities}"
     numbers = f"{launch.num_warps:5d} {registers:9d} {spilled:7d} {compiled.metadata.shared:6d}"
@@ -195,7 +182,7 @@ def run(job: tuple[Case, Launch, str]) -> tuple[str, bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--classes", nargs="+", type=int, metavar="C", help="only cases of so many classes")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, triton {triton.__version__}")
@@ -203,10 +190,10 @@ def main() -> int:
     cases = [case for case in CASES if not args.classes or case.classes in args.classes]
     jobs = [(case, launch, target) for case in cases for launch in launches(case) for target in case.targets]
     failures = 0
-    with ProcessPoolExecutor(os.cpu_count()) as pool:
+    with ProcessPoolExecutor() as pool:
         for line, wrong in pool.map(run, jobs):
-            print(line, flush=True)
             failures += wrong
+            print(line, flush=True)
     print(f"{len(jobs)} kernels, {failures} with a spill or a narrow access")
     return min(failures, 1)
 
