@@ -1,8 +1,8 @@
 """Compile the kernels ahead of time for GPUs that need not be here, and report what each takes.
 
 What the launchers would launch for tensors without data is compiled for NVIDIA and AMD: exactly the specialisations
-that the same shapes get on a GPU. Printed are registers a thread, what it spills, shared memory a program, and loads and
-stores by width. Exits with 1 if a kernel spills, or takes logits in pieces below 16 bytes that can be that wide.
+that the same shapes get on a GPU. Printed are registers a thread, what it spills, shared memory a program, and loads
+and stores by width. Exits with 1 if a kernel spills, or takes logits in pieces below 16 bytes that can be that wide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from weighted_soft_labels.loss import Options
 
 TARGETS = {f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 90, 100)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
-KERNELS = ("_forward_kernel", "_backward_kernel", "_scale_kernel", "_count_kernel")
 HALF, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 POINTERS = {FP32: "*fp32", HALF: "*fp16", BF16: "*bf16", torch.int64: "*i64", torch.int32: "*i32"}
 
@@ -51,11 +50,11 @@ class Case(NamedTuple):
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, C, R) and a target."""
-        if self.layout == "rows":
-            student = torch.empty(4096, self.classes, dtype=self.student, device="meta").T[None]
-        else:
-            pixels = 64 * 96 if self.layout == "pixels" else 35 * 61
-            student = torch.empty(8, self.classes, pixels, dtype=self.student, device="meta")
+        pixels = {"rows": 4096, "pixels": 64 * 96, "odd": 35 * 61}[self.layout]
+        student = torch.empty(
+            1 if self.layout == "rows" else 8, self.classes, pixels, dtype=self.student, device="meta"
+        )
+        student = student.mT.contiguous().mT if self.layout == "rows" else student
         label = torch.empty(student.shape[::2], dtype=torch.int64, device="meta")
         target = torch.empty_like(student, dtype=FP32) if self.probabilities else label
         return student, torch.empty_like(student, dtype=self.teacher or self.student), target
@@ -108,8 +107,7 @@ class Recorder:
         signature, constexprs, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
-            fixed = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
-            if parameter.is_constexpr or fixed:
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
                 signature[name], constexprs[name] = "constexpr", value
             elif isinstance(value, Tensor):
                 signature[name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
@@ -128,7 +126,7 @@ def launches(case: Case) -> list[Launch]:
     gradient = torch.empty_like(student)
     options = Options(case.temperature, label_smoothing=0.1 if case.probabilities else 0.0)
     found: list[Launch] = []
-    kernels = {name: getattr(_triton, name) for name in KERNELS}
+    kernels = {name: getattr(_triton, name) for name in dir(_triton) if name.endswith("_kernel")}
     for name, kernel in kernels.items():
         setattr(_triton, name, Recorder(kernel, found))
     try:
@@ -155,8 +153,7 @@ def resources(compiled: Any) -> tuple[int, int, Counter[int], Counter[int]]:
         used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
         return int(used["vgpr_count"]), int(used["vgpr_spill_count"]), loads, stores
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
+        Path(file.name).write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
         commands = [tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name]
         report, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
@@ -184,11 +181,14 @@ def run(job: tuple[Case, Launch, str]) -> tuple[str, bool]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--classes", nargs="+", type=int, metavar="C", help="only cases of so many classes")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=tuple(TARGETS), help="only these")
     args = parser.parse_args()
-    print(f"torch {torch.__version__}, triton {triton.__version__}")
-    print(f"{'logits':42s} {'kernel':16s} target warps registers spilled shared  loads  stores (count x bytes)")
+    print(
+        f"torch {torch.__version__}, triton {triton.__version__}\n{'logits':42s} {'kernel':16s} target warps registers spilled shared  loads  stores (count x bytes)"
+    )
     cases = [case for case in CASES if not args.classes or case.classes in args.classes]
-    jobs = [(case, launch, target) for case in cases for launch in launches(case) for target in case.targets]
+    pairs = [(case, target) for case in cases for target in case.targets if target in args.targets]
+    jobs = [(case, launch, target) for case, target in pairs for launch in launches(case)]
     failures = 0
     with ProcessPoolExecutor() as pool:
         for line, wrong in pool.map(run, jobs):
