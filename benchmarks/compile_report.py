@@ -145,8 +145,7 @@ def launches(case: Case) -> list[Launch]:
 def resources(compiled: Any) -> tuple[int, int, Counter[int], Counter[int]]:
     """Registers a thread, bytes (NVIDIA) or vector registers (AMD) spilled, loads and stores by width."""
     loads, stores = Counter[int](), Counter[int]()
-    if "cubin" not in compiled.asm:
-        text = compiled.asm["amdgcn"]
+    if text := compiled.asm.get("amdgcn"):
         words = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
         for kind, width in re.findall(r"^\s+(?:global|buffer)_(load|store)_(\w+)", text, re.MULTILINE):
             (loads if kind == "load" else stores)[words.get(width, 2 if "short" in width else 1)] += 1
@@ -183,9 +182,8 @@ def main() -> int:
     parser.add_argument("--classes", nargs="+", type=int, metavar="C", help="only cases of so many classes")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=tuple(TARGETS), help="only these")
     args = parser.parse_args()
-    print(
-        f"torch {torch.__version__}, triton {triton.__version__}\n{'logits':42s} {'kernel':16s} target warps registers spilled shared  loads  stores (count x bytes)"
-    )
+    names = "kernel           target warps registers spilled shared  loads  stores (count x bytes)"
+    print(f"torch {torch.__version__}, triton {triton.__version__}\n{'logits':42s} {names}")
     cases = [case for case in CASES if not args.classes or case.classes in args.classes]
     pairs = [(case, target) for case in cases for target in case.targets if target in args.targets]
     jobs = [(case, launch, target) for case, target in pairs for launch in launches(case)]
