@@ -756,8 +756,10 @@ def _launch(
 
 
 def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
-    """Of batch, class and row; (B, C, 1) is read as one batch of B rows."""
+    """Of batch, class and row; (B, C, 1) is read as one batch of B rows. That of a single batch depends on its size."""
     b, c, r = tensor.stride()
+    if student.shape[0] == 1:
+        return 0, c, r
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
 
 
