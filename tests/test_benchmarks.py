@@ -49,6 +49,27 @@ assert report.resources(launch.compile(report.TARGETS["sm_90"], maxnreg=32))[1]
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+def test_another_batch_size_compiles_nothing():
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+import compile_report as report
+from weighted_soft_labels import _triton, loss
+kernel, found = _triton._forward_kernel, []
+_triton._forward_kernel = report.Recorder(kernel, found)
+for rows in (1, 2, 16, 63, 64, 1000):
+    x, y = torch.empty(rows, 100, device="meta"), torch.empty(rows, dtype=torch.int64, device="meta")
+    logits = loss._logits(x)
+    _triton.forward(logits, logits, loss._rows(y, x), loss.Options(), logits)
+assert len(found) == 6 and len(set(map(repr, found))) == 1, found
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(BENCHMARKS)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_loss_benchmark_writes_its_table_and_the_figures_follow_from_it(tmp_path):
     report = run(

@@ -733,6 +733,8 @@ def _launch(
     q = target if probabilities else target[:, None]
     tensors = (student, teacher, q, student if gradient is None else gradient)
     strides = [_strides(tensor, student) for tensor in tensors]
+    if not probabilities:
+        strides[2] = (strides[2][0], 0, strides[2][2])
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
     vector = 1
     if not pixels:
