@@ -22,7 +22,7 @@ echo "$hardware" >"$summary"
 git describe --always --dirty >>"$summary"
 
 check tests python -m pytest -q
-regimes=(python -m pytest -q -p no:cacheprovider tests/test_kernels.py -k "every_regime or edges or few_and_many or scaled")
+regimes=(python -m pytest -q -p no:cacheprovider tests/test_kernels.py -k "every_regime or either_end or mean_over or in_parts or scaled")
 check memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "${regimes[@]}"
 check racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "${regimes[@]}"
 check compile_report python benchmarks/compile_report.py

@@ -22,8 +22,8 @@ def run(script, *arguments):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
 def test_kernels_compile_ahead_of_time_without_spilling():
-    """One regime; continuous integration reports on all."""
-    report = run("compile_report.py", "--regimes", "one block, any start")
+    """One number of classes, with every kernel; continuous integration reports on all."""
+    report = run("compile_report.py", "--classes", "100")
     assert report.returncode == 0, report.stdout + report.stderr
     for target in ("sm_80", "sm_90", "gfx942"):
         for kernel in ("_forward_kernel", "_backward_kernel", "_scale_kernel", "_count_kernel"):
@@ -31,18 +31,38 @@ def test_kernels_compile_ahead_of_time_without_spilling():
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
-def test_report_tells_narrow_from_wide():
-    """The check itself: rows of 1000 bf16 can be taken 16 bytes at a time, rows of 10 cannot."""
+def test_report_tells_narrow_from_wide_and_a_spill():
+    """The checks themselves: rows of 24 bf16 can be taken 16 bytes at a time, rows of 10 cannot."""
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
 import compile_report as report
-wide, narrow = (report.Case("", report.BF16, classes) for classes in (1000, 10))
-assert report.wide(wide.logits()) and not report.wide(narrow.logits())
-launch = next(launch for launch in report.launches(narrow) if launch.output() == "gradient")
-target = report.TARGETS["sm_90"]
-access = report.resources(launch.compile(target))[2]
-least = launch.least_accesses(target, 2)
-assert access.loads[16] < least.loads[16] and access.stores[16] < least.stores[16], (access, least)
+for classes, is_wide in ((24, True), (10, False)):
+    case = report.Case(classes, report.BF16)
+    launch = report.launches(case)[-1]
+    _, spilled, loads, stores = report.resources(launch.compile(report.TARGETS["sm_90"]))
+    assert case.is_wide() == bool(loads[16]) == bool(stores[16]) == is_wide and not spilled, (classes, loads, stores)
+assert report.resources(launch.compile(report.TARGETS["sm_90"], maxnreg=32))[1]
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code, str(BENCHMARKS)]
+    found = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=100)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+def test_another_batch_size_compiles_nothing():
+    code = """
+import sys; sys.path.insert(0, sys.argv[1])
+import torch
+import compile_report as report
+from weighted_soft_labels import _triton, loss
+kernel, found = _triton._forward_kernel, []
+_triton._forward_kernel = report.Recorder(kernel, found)
+for rows in (1, 2, 16, 63, 64, 1000):
+    x, y = torch.empty(rows, 100, device="meta"), torch.empty(rows, dtype=torch.int64, device="meta")
+    logits = loss._logits(x)
+    _triton.forward(logits, logits, loss._rows(y, x), loss.Options(), logits)
+assert len(found) == 6 and len(set(map(repr, found))) == 1, found
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", code, str(BENCHMARKS)]

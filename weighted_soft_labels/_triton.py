@@ -1,28 +1,27 @@
 """The loss in Triton, for NVIDIA and AMD GPUs. Same functions, same algebra and same order of steps as `_eager`.
 
 Logits are seen as (batch, classes, rows) with any strides, so (N, C), (N, C, d1, ...) and channels_last need no copy:
-(N, C) is one batch of N rows. A program takes ROWS rows and walks over the classes in blocks of CLASSES:
+(N, C) is one batch of N rows. A program takes ROWS rows and all classes of them:
 
-    statistics  one pass, online: the maximum, the sums of `_eager` and the soft term's dot product, all rescaled
-                when the maximum moves. Every quantity keeps its sign under the rescaling, so nothing cancels.
-    combine     cross-entropies, weight, loss; one number a row
-    gradient    a second pass, which writes it
+    statistics  sums of exp(z) and exp(z / T) without the label, and the soft term's dot product
+    combine     cross-entropies, weight, loss: one number a row
+    gradient    one number a class
 
-One algebra, four regimes; `_launch` says where one ends and the next begins:
+Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. A target of probabilities has
+no label; there the classes at the maximum are left out and counted.
 
-    few classes      several rows share a program
-    one block        all classes of a row stay in registers between the passes: 2b read + b written an element
-    many classes     the second pass reads again, from its end, from the L2 cache as far as that holds the row
-    pixels           neighbours in memory are rows: lanes lie on them, and a thread walks through the classes
+Classes lie in a tile [K, ROWS, LANES, VECTOR]: LANES threads share a row; each takes VECTOR neighbours at a time, 16
+bytes where the layout allows, and K times that, 32 classes at most. So few threads compute what is computed once a row.
+Up to 8192 classes a row stays in registers from its statistics to its gradient: 3b bytes an element for logits of b
+bytes. Beyond, the tile walks over the classes twice, the second time from the end, which the L2 cache still holds: 5b.
+Where neighbours in memory are rows, as in (N, C, H, W), the threads of a warp lie on those and LANES are warps.
 
-for logits of b bytes. Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the host and no
-launch depends on the data.
+Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the host and no launch depends on the data.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,19 +33,105 @@ from torch import Tensor
 if TYPE_CHECKING:
     from weighted_soft_labels.loss import Options
 
-PARTS = 256  # in which many labels are counted
-
 # Arguments that change with the batch: no kernel is compiled anew for one of them.
 COUNTS = ["rows", "size", "ignore_index"]
 
 
-# Numbers stand where they are used, not in globals, which every launch would compare with what they were.
+# --- what belongs together in a kernel ---
 
 
-@triton.jit
-def _exp(x):
-    """exp(x) by the hardware's exp2."""
-    return tl.exp2(x * 1.4426950408889634)
+class Plan(NamedTuple):
+    """What a kernel is compiled for; see `_launch`."""
+
+    CLASSES: tl.constexpr
+    K: tl.constexpr
+    LANES: tl.constexpr
+    VECTOR: tl.constexpr
+    TILE: tl.constexpr  # K * LANES * VECTOR classes at a time
+    TEMPERATURE: tl.constexpr
+    PROBABILITIES: tl.constexpr
+    SMOOTHING: tl.constexpr
+    PIXELS: tl.constexpr
+
+
+class Settings(NamedTuple):
+    inverse: tl.tensor  # 1 / T
+    alpha_t: tl.tensor  # alpha * T
+    alpha_t2: tl.tensor
+    hard_weight: tl.tensor
+    smoothing: tl.tensor
+
+
+class Place(NamedTuple):
+    """A program's rows and what the target says of them, [ROWS]."""
+
+    batch: tl.tensor
+    row: tl.tensor
+    index: tl.tensor  # in (B, R)
+    size: tl.tensor  # B * R
+    exists: tl.tensor
+    label: tl.tensor
+    inside: tl.tensor  # whether the label names a class
+    kept: tl.tensor  # not ignored: of other rows no logits are read
+
+
+class Logits(NamedTuple):
+    """Where a program's rows start, [ROWS], and how far it is from class to class."""
+
+    address: tl.tensor
+    stride: tl.tensor
+
+
+class Row(NamedTuple):
+    """What is known of one set of logits: of rows, [ROWS], or of what one thread has seen of them, [ROWS, LANES]."""
+
+    peak: tl.tensor  # maximum, where z is 0
+    others: tl.tensor  # sum of exp(z) without the label; for probabilities, without classes at the maximum
+    soft_others: tl.tensor  # the same of exp(z / T)
+    ties: tl.tensor  # for probabilities: how many classes are at the maximum
+    qz: tl.tensor  # for probabilities: sum of q * z
+
+
+class Sums(NamedTuple):
+    """What is known of both sets of logits together."""
+
+    dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
+    z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
+    taken: tl.tensor  # for label smoothing: of how many classes
+    mass: tl.tensor  # for probabilities: sum of q
+
+
+class Statistics(NamedTuple):
+    student: Row
+    teacher: Row
+    sums: Sums
+
+
+class Total(NamedTuple):
+    """What the loss needs to know of one set of logits, [ROWS]."""
+
+    z: tl.tensor  # at the label; for probabilities, at the maximum
+    e: tl.tensor  # exp(z) and exp(z / T) there
+    soft: tl.tensor
+    rest: tl.tensor  # Z - 1
+    soft_rest: tl.tensor  # Z' - 1
+    ce: tl.tensor
+
+
+class Scales(NamedTuple):
+    """Factors of the gradient, [ROWS]."""
+
+    hard: tl.tensor  # of the student's exp(z)
+    soft: tl.tensor  # of the student's exp(z / T)
+    ratio: tl.tensor  # of the teacher's, relative to that
+    uniform: tl.tensor  # what label smoothing takes off every class
+    at_label: tl.tensor  # the whole gradient there
+    q: tl.tensor  # for probabilities: of q
+    hard_peak: tl.tensor  # for probabilities: of the hard and the soft term at a maximum
+    soft_peak: tl.tensor
+
+
+# --- arithmetic. Numbers stand where they are used: globals would be compared with what they were at every launch ---
 
 
 @triton.jit
@@ -66,26 +151,20 @@ def _one_minus_exp(r):
     p = 1 - r * (1 / 8) * (1 - r * (1 / 9))
     p = 1 - r * (1 / 5) * (1 - r * (1 / 6) * (1 - r * (1 / 7) * p))
     p = 1 - r * (1 / 2) * (1 - r * (1 / 3) * (1 - r * (1 / 4) * p))
-    return tl.where(r < 0.5, r * p, 1 - _exp(-r))
-
-
-@triton.jit
-def _soft_exp(z, inverse):
-    """exp(z / T), where inverse = 1 / T."""
-    return tl.exp2(z * (inverse * 1.4426950408889634))
+    return tl.where(r < 0.5, r * p, 1 - tl.exp2(r * -1.4426950408889634))
 
 
 @triton.jit
 def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
     """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
-    soft = _soft_exp(z, inverse)
     if TEMPERATURE == 1:
-        e = soft
+        soft = tl.exp2(z * 1.4426950408889634)
+        return soft, soft
     elif TEMPERATURE == 2:
-        e = soft * soft
+        soft = tl.exp2(z * 0.7213475204444817)
+        return soft * soft, soft
     else:
-        e = _exp(z)
-    return e, soft
+        return tl.exp2(z * 1.4426950408889634), tl.exp2(z * (inverse * 1.4426950408889634))
 
 
 @triton.jit
@@ -95,448 +174,407 @@ def _finite(peak):
 
 
 @triton.jit
-def _dot(mass, value):
-    """sum_c mass_c * value_c, where no mass times an infinite value is 0."""
-    return tl.sum(mass * tl.where(mass == 0, 0.0, value), axis=1)
+def _sum(x):
+    """Of a thread's classes, [K, ROWS, LANES, VECTOR] to [ROWS, LANES]."""
+    return tl.sum(tl.sum(x, axis=3), axis=0)
 
 
 @triton.jit
-def _rescale(total, factor):
-    """total * factor, where nothing is left of an infinite total that has no weight any more."""
-    return tl.where(factor == 0, 0.0, total * factor)
+def _most(x):
+    return tl.max(tl.max(x, axis=3), axis=0)
 
 
 @triton.jit
-def _aligned(x, ALIGN: tl.constexpr):
-    """x, in a form that shows the compiler what the launcher has checked: a multiple of ALIGN. It takes that to load
+def _over_lanes(peak):
+    return tl.max(peak, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _product(mass, value):
+    """mass * value, where no mass times an infinite value is 0."""
+    return mass * tl.where(mass == 0, 0.0, value)
+
+
+@triton.jit
+def _tile(x):
+    """[ROWS] or [ROWS, LANES] against [K, ROWS, LANES, VECTOR]."""
+    return x[None, :, None, None] if len(x.shape) == 1 else x[None, :, :, None]
+
+
+# --- memory ---
+
+
+@triton.jit
+def _aligned(x, UNIT: tl.constexpr):
+    """x, in a form that shows the compiler what the launcher has checked: a multiple of UNIT. It takes that to load
     and store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number."""
-    return x // ALIGN * ALIGN
-
-
-@triton.jit
-def _load(pointer, offset, columns, stride, mask, other, POLICY: tl.constexpr):
-    address = pointer + offset[:, None] + columns.to(tl.int64) * stride
-    return tl.load(address, mask, other=other, eviction_policy=POLICY).to(tl.float32)
-
-
-@triton.jit
-def _row(x, is_label, peak, others, soft_sum, inverse, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr):
-    """Take a block of classes into the statistics of a row.
-
-    `others` is the sum of exp(z) over every class but one, the label: from it the cross-entropy follows without
-    cancellation. A target of probabilities has no label; there one class at the maximum is left out.
-
-    Also returns z and exp(z / T) of the block, by how much the maximum moved, and what that makes of old exp(z / T).
-    """
-    new_peak = tl.maximum(peak, tl.max(x, axis=1))
-    shift = _finite(new_peak)
-    z = x - shift[:, None]
-    e, soft = _exponentials(z, inverse, TEMPERATURE)
-    factor = _exp(peak - shift)
-    if PROBABILITIES:
-        # The class left out counts exp(0) = 1 as soon as the maximum leaves it behind.
-        at_peak = z == 0
-        below = tl.sum(tl.where(at_peak, 0.0, e), axis=1)
-        count = tl.sum(tl.where(at_peak, 1.0, 0.0), axis=1)
-        moved = peak < new_peak
-        others = tl.where(moved, (1 + others) * factor + below + (count - 1), others + below + count)
-    else:
-        others = others * factor + tl.sum(tl.where(is_label, 0.0, e), axis=1)
-    factor = _soft_exp(peak - shift, inverse)
-    soft_sum = soft_sum * factor + tl.sum(soft, axis=1)
-    return z, soft, new_peak, others, soft_sum, shift - _finite(peak), factor
-
-
-@triton.jit
-def _statistics(
-    student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-    columns, mask, label, taken, inverse,
-    student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-    dot, z_sum, mass, student_qz, teacher_qz,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, POLICY: tl.constexpr,
-):  # fmt: skip
-    """Take one block of classes of both sets of logits (and of a target of probabilities) into the statistics.
-
-    `taken` classes came before.
-    """
-    s = _load(student, student_offset, columns, student_c, mask, float("-inf"), POLICY)
-    t = _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf"), POLICY)
-    is_label = columns == label[:, None]
-    earlier = teacher_sum
-    student_z, _, student_peak, student_others, student_sum, student_move, _ = _row(
-        s, is_label, student_peak, student_others, student_sum, inverse, TEMPERATURE, PROBABILITIES
-    )
-    teacher_z, soft, teacher_peak, teacher_others, teacher_sum, teacher_move, factor = _row(
-        t, is_label, teacher_peak, teacher_others, teacher_sum, inverse, TEMPERATURE, PROBABILITIES
-    )
-    dot = _rescale(dot - earlier * student_move, factor) + _dot(soft, student_z)
-    if SMOOTHING:
-        z_sum += tl.sum(tl.where(mask, student_z, 0.0), axis=1) - taken * student_move
-    if PROBABILITIES:
-        q = _load(target, target_offset, columns, target_c, mask, 0.0, POLICY)
-        student_qz += _dot(q, student_z) - mass * student_move
-        teacher_qz += _dot(q, teacher_z) - mass * teacher_move
-        # Masked once more, as Triton 3.6 fails to compile a running sum of what comes straight from memory.
-        mass += tl.sum(tl.where(mask, q, 0.0), axis=1)
-    return (
-        student_z, teacher_z, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-        dot, z_sum, mass, student_qz, teacher_qz,
-    )  # fmt: skip
-
-
-@triton.jit
-def _edges(classes, before, inner, EDGES: tl.constexpr):
-    """Columns of the classes around the inner ones, and which of them exist; see `_place`."""
-    i = tl.arange(0, 2 * EDGES)[None, :]
-    columns = tl.where(i < EDGES, i - EDGES, inner[:, None] + i - EDGES)
-    return columns, (columns >= -before[:, None]) & (columns < classes - before[:, None])
+    return x // UNIT * UNIT
 
 
 @triton.jit
 def _place(
-    target, classes, rows,
-    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
-    PROBABILITIES: tl.constexpr, ROWS: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
+    target, b, r, rows, ignore_index, CLASSES: tl.constexpr, ROWS: tl.constexpr, PROBABILITIES: tl.constexpr
 ):  # fmt: skip
-    """Where this program's rows are, how far it is from class to class, and what the labels say.
-
-    Rows that start anywhere (an odd number of classes) are seen from their first 16-byte boundary on: offsets and
-    labels count from there, `before` classes lie before it, `inner` ones fill whole 16-byte units after it, and
-    `_edges` are the rest.
-    """
     blocks = tl.cdiv(rows, ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    index = batch * rows + row
-    if PIXELS:
-        in_rows = row < _aligned(rows, ALIGN)
-        student_c, teacher_c, gradient_c = (
-            _aligned(student_c, ALIGN), _aligned(teacher_c, ALIGN), _aligned(gradient_c, ALIGN)
-        )  # fmt: skip
-    else:
-        in_rows = row < rows
-        classes = _aligned(classes, ALIGN)
-        student_r, teacher_r = _aligned(student_r, ALIGN), _aligned(teacher_r, ALIGN)
-        target_r, gradient_r = _aligned(target_r, ALIGN if PROBABILITIES else 1), _aligned(gradient_r, ALIGN)
-    student_offset = batch * _aligned(student_b, ALIGN) + row * student_r
-    teacher_offset = batch * _aligned(teacher_b, ALIGN) + row * teacher_r
-    target_offset = batch * _aligned(target_b, ALIGN if PROBABILITIES else 1) + row * target_r
-    gradient_offset = batch * _aligned(gradient_b, ALIGN) + row * gradient_r
-
-    kept = in_rows
-    label = row * 0
+    exists = row < rows
+    label, kept = row * 0, exists
     if not PROBABILITIES:
-        label = tl.load(target + target_offset, in_rows, other=0).to(tl.int64)
-        kept = in_rows & (label != ignore_index)
-    # An index that names no class may not be followed: its element is NaN.
-    inside = (label >= 0) & (label < classes)
+        label = tl.load(target + batch * b + row * r, exists, other=0).to(tl.int64)
+        kept = exists & (label != ignore_index)
+    inside = (label >= 0) & (label < CLASSES)
     label = tl.where(inside, label, 0).to(tl.int32)
-
-    before = label * 0
-    inner = before + classes
-    if EDGES:
-        before = ((EDGES - student_offset % EDGES) % EDGES).to(tl.int32)
-        inner = _aligned(classes - before, EDGES)
-        label -= before
-        student_offset = _aligned(student_offset + before, EDGES)
-        teacher_offset = _aligned(teacher_offset + before, EDGES)
-        gradient_offset = _aligned(gradient_offset + before, EDGES)
-        if PROBABILITIES:
-            target_offset = _aligned(target_offset + before, EDGES)
-    return (
-        index, in_rows, kept, inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
-    )  # fmt: skip
+    size = tl.num_programs(0) // blocks * rows.to(tl.int64)
+    return Place(batch, row, batch * rows + row, size, exists, label, inside, kept)
 
 
 @triton.jit
-def _count_labels(target, first, step, size, target_r, ignore_index, BLOCK: tl.constexpr):
-    """How many labels are not ignored, of those of one block in every `step`, from `first` on."""
-    total = tl.zeros([BLOCK], tl.int32)
-    for start in range(first, size, step):
-        i = start + tl.arange(0, BLOCK)
-        label = tl.load(target + i.to(tl.int64) * target_r, i < size, other=0).to(tl.int64)
-        total += ((i < size) & (label != ignore_index)).to(tl.int32)
-    return tl.sum(total, axis=0)
+def _logits(pointer, place, b, c, r, VECTOR: tl.constexpr):
+    return Logits(pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR)), c)
 
 
 @triton.jit
-def _unit(target, counted, rows, target_r, ignore_index, scale, COUNT: tl.constexpr, PARTS: tl.constexpr):
-    """What every element counts in the loss: `scale`, for a mean over labels divided by how many are not ignored.
-
-    Few labels are counted here, by every program; of many, `_count_kernel` has counted PARTS.
-    """
-    unit = scale
-    if COUNT == 1:
-        unit = scale / _count_labels(target, 0, 256, rows, target_r, ignore_index, 256).to(tl.float32)
-    if COUNT == 2:
-        unit = scale / tl.sum(tl.load(counted + tl.arange(0, PARTS)), axis=0).to(tl.float32)
-    return unit
+def _columns(start, plan: tl.constexpr):
+    """The classes of a tile: the first of every lane, [1, 1, LANES, 1], and how far from it the rest is."""
+    k = tl.arange(0, plan.K)[:, None, None, None] * (plan.LANES * plan.VECTOR)
+    lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
+    return lane, k + tl.arange(0, plan.VECTOR)[None, None, None, :]
 
 
 @triton.jit
-def _write_gradient(
-    student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-    columns, mask, label, kept, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
-    POLICY: tl.constexpr,
-):  # fmt: skip
-    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one block of classes, all scales included."""
-    e, student_soft = _exponentials(student_z, inverse, TEMPERATURE)
-    teacher_soft = _soft_exp(teacher_z, inverse)
-    hard = hard_scale[:, None] * e
-    if SMOOTHING:
-        hard -= uniform[:, None]
-    if PROBABILITIES:
-        hard -= q_scale[:, None] * _load(target, target_offset, columns, target_c, mask, 0.0, POLICY)
+def _address(logits, columns, plan: tl.constexpr):
+    """Addresses of a tile. Hints at what is contiguous decide which dimensions are a warp's lanes; never is it K."""
+    address = _tile(logits.address) + columns.to(tl.int64) * logits.stride
+    if plan.PIXELS:  # hides alignment: a thread is to take all classes of a row, not one class of neighbouring rows
+        return tl.max_contiguous(tl.multiple_of(address, [1, 1, 1, 1]), [1, 4, 2, 1])
     else:
-        hard = tl.where(columns == label[:, None], at_label[:, None], hard)
+        return tl.max_contiguous(address, [1, 2, 4, 8])
+
+
+@triton.jit
+def _load(logits, columns, mask, plan: tl.constexpr):
+    """Anything at all where `mask` is false: to say what would take an instruction a class."""
+    return tl.load(_address(logits, columns, plan), mask).to(tl.float32)
+
+
+# --- statistics ---
+
+
+@triton.jit
+def _z(x, taken, peak):
+    return tl.where(taken, x - _tile(_finite(peak)), float("-inf"))
+
+
+@triton.jit
+def _row(x, q, others, peak, inverse, plan: tl.constexpr):
+    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
+    z = _z(x, others, peak)
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    if plan.PROBABILITIES:
+        below = tl.where(z == 0, 0.0, e), tl.where(z == 0, 0.0, soft)
+        row = Row(peak, _sum(below[0]), _sum(below[1]), _sum(tl.where(z == 0, 1.0, 0.0)), _sum(_product(q, z)))
+    else:
+        row = Row(peak, _sum(e), _sum(soft), tl.zeros_like(peak), tl.zeros_like(peak))
+    return z, soft, row
+
+
+@triton.jit
+def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.constexpr):
+    """z of both sets of logits for one tile of classes, and the statistics of each thread.
+
+    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and saw: `peaks`.
+    """
+    lane, step = _columns(start, plan)
+    columns = lane + step
+    mask = _tile(place.kept) & (columns < plan.CLASSES)
+    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
+    student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
+    teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
+    if plan.TILE >= plan.CLASSES:
+        student_peak, teacher_peak = _over_lanes(student_peak), _over_lanes(teacher_peak)
+    else:
+        student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
+    if plan.PROBABILITIES:
+        others, q = mask, tl.where(mask, _load(target, columns, mask, plan), 0.0)
+    else:
+        others, q = mask & (_tile(place.label) - lane != step), s  # in one comparison with a constant
+    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
+    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
+    dot = _sum(_product(soft, student_z))
+    z_sum, taken, mass = tl.zeros_like(dot), tl.zeros_like(dot), tl.zeros_like(dot)
+    if plan.SMOOTHING:
+        z_sum, taken = _sum(tl.where(others, student_z, 0.0)), _sum(tl.where(others, 1.0, 0.0))
+    if plan.PROBABILITIES:
+        mass = _sum(q)
+    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
+    return student_z, teacher_z, student_row, teacher_row, Sums(dot, z_sum, taken, mass)
+
+
+@triton.jit
+def _join_row(a, b, mass, inverse, plan: tl.constexpr):
+    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
+    move = _finite(b.peak) - _finite(a.peak)
+    factor, soft_factor = _exponentials(a.peak - _finite(b.peak), inverse, plan.TEMPERATURE)
+    ties = tl.where(a.peak < b.peak, a.ties, 0.0)  # of an old maximum, now classes like any other
+    others, soft_others = (a.others + ties) * factor + b.others, (a.soft_others + ties) * soft_factor + b.soft_others
+    return Row(b.peak, others, soft_others, a.ties - ties + b.ties, a.qz - mass * move + b.qz), move, soft_factor
+
+
+@triton.jit
+def _join(a, b, inverse, plan: tl.constexpr):
+    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
+    x, y = a.sums, b.sums
+    student, move, _ = _join_row(a.student, b.student, x.mass, inverse, plan)
+    teacher, _, factor = _join_row(a.teacher, b.teacher, x.mass, inverse, plan)
+    dot = x.dot - (a.teacher.soft_others + a.teacher.ties) * move
+    # Nothing is left of an infinite sum that has no weight any more.
+    dot = tl.where(factor == 0, 0.0, dot * factor) + y.dot
+    sums = Sums(dot, x.z_sum - x.taken * move + y.z_sum, x.taken + y.taken, x.mass + y.mass)
+    return Statistics(student, teacher, sums)
+
+
+@triton.jit
+def _nothing(student_peak, teacher_peak):
+    """Statistics of no class."""
+    zero = tl.zeros_like(student_peak)
+    student, teacher = Row(student_peak, zero, zero, zero, zero), Row(teacher_peak, zero, zero, zero, zero)
+    return Statistics(student, teacher, Sums(zero, zero, zero, zero))
+
+
+@triton.jit
+def _across(known):
+    """Statistics of rows from those of the threads that share them and their maxima."""
+    s, t = known.student, known.teacher
+    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.ties, 1), tl.sum(s.qz, 1))
+    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.ties, 1), tl.sum(t.qz, 1))
+    x = known.sums
+    return Statistics(s, t, Sums(tl.sum(x.dot, 1), tl.sum(x.z_sum, 1), tl.sum(x.taken, 1), tl.sum(x.mass, 1)))
+
+
+@triton.jit
+def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
+    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
+    least = tl.zeros([place.row.shape[0], plan.LANES], tl.float32) - float("inf")
+    known = _nothing(least, least)
+    for start in range(0, plan.CLASSES, plan.TILE):
+        peaks = known.student.peak, known.teacher.peak
+        _s, _t, s, t, sums = _block(student, teacher, target, start, place, peaks, inverse, plan)
+        known = _join(known, Statistics(s, t, sums), inverse, plan)
+    zero = tl.zeros_like(least)
+    end = _nothing(_over_lanes(known.student.peak) + zero, _over_lanes(known.teacher.peak) + zero)
+    return _across(_join(known, end, inverse, plan))
+
+
+# --- combine ---
+
+
+@triton.jit
+def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
+    if plan.PROBABILITIES:
+        z = tl.zeros_like(row.peak)
+        rest, soft_rest = row.others + (row.ties - 1), row.soft_others + (row.ties - 1)
+        return Total(z, z + 1, z + 1, rest, soft_rest, mass * _log1p(rest) - row.qz)
+    else:
+        x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, place.kept, other=0.0).to(tl.float32)
+        # An index that names no class may not be followed: its element is NaN.
+        z = tl.where(place.kept, tl.where(place.inside, x - _finite(row.peak), float("nan")), 0.0)
+        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+        # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
+        rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
+        return Total(z, e, soft, rest, soft_rest, _log1p(rest) - z)
+
+
+@triton.jit
+def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
+    """Weight, soft term and loss of every row."""
+    if not plan.PROBABILITIES:
+        dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
+    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
+    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
+    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
+    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
+    hard = student.ce
+    if plan.SMOOTHING:
+        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
+        hard = (1 - settings.smoothing) * hard + settings.smoothing * uniform
+        hard = tl.where(settings.smoothing == 1, uniform, hard)
+    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
+    # class to which the teacher gives mass.
+    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
+    loss = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
+    return weight, soft, loss + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * weighted)
+
+
+# --- gradient ---
+
+
+@triton.jit
+def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr):
+    """`unit` is the incoming gradient of every row, 0 where it is ignored."""
+    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
+    hard_peak = (hard_weight - smoothed) * known.sums.mass + smoothed if plan.PROBABILITIES else hard_weight
+    hard = hard_peak / (1 + student.rest)
+    soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
+    soft = soft_peak / (1 + student.soft_rest)
+    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
+    agree = student.soft_rest == teacher.soft_rest
+    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
+    uniform = smoothed / plan.CLASSES
+    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
+    others, soft_others = known.student.others, known.student.soft_others
+    at_label = tl.where(others < student.e, smoothed - hard * others, hard * student.e - (hard_weight - smoothed))
+    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
+    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
+    return Scales(hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak)
+
+
+@triton.jit
+def _write(gradient, student_z, teacher_z, target, start, place, student, teacher, scales, inverse, plan: tl.constexpr):
+    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
+    lane, step = _columns(start, plan)
+    columns = lane + step
+    mask = _tile(place.exists) & (columns < plan.CLASSES)
+    e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
+    _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
+    if plan.PROBABILITIES:
+        # Where a class has most of the mass, its softmax less 1, which is small; the 1s left over come in the end.
+        hard_sure = (student_z == 0) & _tile(student.rest < 1)
+        soft_sure = (student_z == 0) & _tile(student.soft_rest < 1)
+        teacher_sure = (teacher_z == 0) & _tile(teacher.soft_rest < 1)
+        e = tl.where(hard_sure, -_tile(student.rest), e)
+        student_soft = tl.where(soft_sure, -_tile(student.soft_rest), student_soft)
+        teacher_soft = tl.where(teacher_sure, -_tile(teacher.soft_rest), teacher_soft)
     # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
-    out = hard + (student_scale[:, None] * student_soft - teacher_scale[:, None] * teacher_soft)
-    if PIXELS:  # elsewhere the logits of an ignored row were not read, and its scales are 0
-        out = tl.where(kept[:, None], out, 0.0)
-    address = gradient + gradient_offset[:, None] + columns.to(tl.int64) * gradient_c
-    tl.store(address, out, mask, eviction_policy=POLICY)
+    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
+    if plan.SMOOTHING:
+        out -= _tile(scales.uniform)
+    if plan.PROBABILITIES:
+        hard_peak, soft_peak = _tile(scales.hard_peak), _tile(scales.soft_peak)
+        q = _load(target, columns, mask & _tile(place.kept), plan)
+        out += tl.where(hard_sure, hard_peak, 0.0) - _tile(scales.q) * q
+        out += tl.where(soft_sure, soft_peak, 0.0) - tl.where(teacher_sure, soft_peak, 0.0)
+    else:
+        # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
+        out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
+    # Where logits are read twice, the gradient is not to drive them out of the cache.
+    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
+    tl.store(_address(gradient, columns, plan), out, mask, cache_modifier=MODIFIER)
 
 
 @triton.jit
-def _reread_block(
-    student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-    student_c, teacher_c, target_c, gradient_c, columns, inside, in_rows, read, label, kept, student_peak, teacher_peak,
-    hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
-):  # fmt: skip
-    """`_write_gradient` of logits that are read for it, and not needed afterwards."""
-    mask = read[:, None] & inside
-    s = _load(student, student_offset, columns, student_c, mask, float("-inf"), "evict_first")
-    t = _load(teacher, teacher_offset, columns, teacher_c, mask, float("-inf"), "evict_first")
-    _write_gradient(
-        s - student_peak[:, None], t - teacher_peak[:, None],
-        target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-        columns, in_rows[:, None] & inside, label, kept,
-        hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale, inverse,
-        TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "evict_first",
-    )  # fmt: skip
+def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+    """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
+    inverse = settings.inverse
+    if plan.TILE >= plan.CLASSES:
+        student_z, teacher_z, student_row, teacher_row, sums = _block(
+            student, teacher, target, 0, place, (0, 0), inverse, plan
+        )
+        known = _across(Statistics(student_row, teacher_row, sums))
+    else:
+        known = _walk(student, teacher, target, place, inverse, plan)
+
+    s = _total(known.student, known.sums.mass, student, place, inverse, plan)
+    t = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(s, t, known.sums.dot, known.sums.z_sum, settings, plan)
+
+    if GRADIENT:
+        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        if plan.TILE >= plan.CLASSES:
+            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
+        else:
+            last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
+            for back in range(0, plan.CLASSES, plan.TILE):
+                lane, step = _columns(last - back, plan)
+                mask = _tile(place.kept) & (lane + step < plan.CLASSES)
+                student_z = _z(_load(student, lane + step, mask, plan), mask, known.student.peak)
+                teacher_z = _z(_load(teacher, lane + step, mask, plan), mask, known.teacher.peak)
+                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
+    return (s.ce, t.ce, weight, soft), loss
+
+
+# --- kernels ---
 
 
 @triton.jit
-def _reread_gradient(
-    student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-    student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
-    student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
-    uniform, q_scale, inverse,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    CLASSES: tl.constexpr, EDGES_ONLY: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
-):  # fmt: skip
-    """The gradient of all blocks of classes, from the last, which the cache still holds, to the first; of the edges."""
-    hard_scale, at_label, student_scale, teacher_scale = (
-        hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit
-    )  # fmt: skip
-    uniform, q_scale = uniform * unit, q_scale * unit
-    if not EDGES_ONLY:
-        last = (classes - 1) // CLASSES * CLASSES
-        for start in range(0, classes, CLASSES):
-            columns = last - start + tl.arange(0, CLASSES)[None, :]
-            _reread_block(
-                student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-                student_c, teacher_c, target_c, gradient_c, columns, columns < inner[:, None], in_rows, read, label,
-                kept, student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale,
-                inverse, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS,
-            )  # fmt: skip
-    if EDGES:
-        edges, inside_row = _edges(classes, before, inner, EDGES)
-        _reread_block(
-            student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-            student_c, teacher_c, target_c, gradient_c, edges, inside_row, in_rows, read, label,
-            kept, student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, uniform, q_scale,
-            inverse, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS,
-        )  # fmt: skip
+def _kept(target, first, size, stride, ignore_index, BLOCK: tl.constexpr):
+    """Which labels of a block are there and not ignored."""
+    i = first + tl.arange(0, BLOCK)
+    label = tl.load(target + i.to(tl.int64) * stride, i < size, other=0).to(tl.int64)
+    return ((i < size) & (label != ignore_index)).to(tl.int32)
+
+
+@triton.jit
+def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexpr):
+    """What every row counts in the loss: `share`, for a mean over labels divided by how many are not ignored.
+
+    1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
+    """
+    if COUNT == 1:
+        return share / tl.sum(_kept(target, 0, size, stride, ignore_index, 1024), axis=0).to(tl.float32)
+    elif COUNT == 2:
+        part = tl.arange(0, 256)
+        return share / tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
+    else:
+        return share
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, numbers, counted,
-    classes, rows,
-    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    student, teacher, target, gradient, loss, counted,
+    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    ignore_index, inverse, uniform, q_scale, hard_weight, alpha_t2, alpha_t, smoothing, scale,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, COUNT: tl.constexpr,
-    PARTS: tl.constexpr, GRADIENT: tl.constexpr, STATE: tl.constexpr, TERMS: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, ONE_BLOCK: tl.constexpr,
-    ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
+    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
+    CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    COUNT: tl.constexpr,
+    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
 
-    One program a block of ROWS rows of one batch. Moves 2b bytes an element without the gradient, 3b with it if
-    ONE_BLOCK, else 5b (2b of which are the second read of the same logits), for logits of b bytes; the logits of
-    ignored rows are not read, unless lanes lie on PIXELS.
+    With TERMS the four terms of every row instead. Moves 2b bytes an element, 3b with the gradient (5b beyond 8192
+    classes), for logits of b bytes; the logits of ignored rows are not read.
     """
-    (
-        index, in_rows, kept, inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
-    ) = _place(
-        target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-        target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
-        PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
+    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
+    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
+    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
+    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
+    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
+    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
+    terms, total = _run(
+        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
     )  # fmt: skip
-    column = tl.arange(0, CLASSES)[None, :]
-    read = in_rows if PIXELS else kept
-
-    # statistics
-    nothing = tl.zeros([ROWS], tl.float32)
-    least = -1.0 if PROBABILITIES else 0.0  # of no class at all, less the one that is left out
-    student_peak, student_others, student_sum = nothing - float("inf"), nothing + least, nothing
-    teacher_peak, teacher_others, teacher_sum = nothing - float("inf"), nothing + least, nothing
-    dot, z_sum, mass, student_qz, teacher_qz = nothing, nothing, nothing, nothing, nothing
-    taken = before * 0
-    if EDGES:
-        edges, inside_row = _edges(classes, before, inner, EDGES)
-        (
-            _edge_s, _edge_t, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-            dot, z_sum, mass, student_qz, teacher_qz,
-        ) = _statistics(
-            student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-            edges, read[:, None] & inside_row, label, taken, inverse,
-            student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-            dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
-        )  # fmt: skip
-        taken = classes - inner
-    if ONE_BLOCK:
-        (
-            student_z, teacher_z, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-            dot, z_sum, mass, student_qz, teacher_qz,
-        ) = _statistics(
-            student, teacher, target, student_offset, teacher_offset, target_offset, student_c, teacher_c, target_c,
-            column, read[:, None] & (column < inner[:, None]), label, taken, inverse,
-            student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-            dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_first",
-        )  # fmt: skip
-    else:
-        for start in range(0, classes, CLASSES):
-            columns = start + column
-            (
-                _s, _t, student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-                dot, z_sum, mass, student_qz, teacher_qz,
-            ) = _statistics(
-                student, teacher, target, student_offset, teacher_offset, target_offset,
-                student_c, teacher_c, target_c,
-                columns, read[:, None] & (columns < inner[:, None]), label, taken + start, inverse,
-                student_peak, student_others, student_sum, teacher_peak, teacher_others, teacher_sum,
-                dot, z_sum, mass, student_qz, teacher_qz, TEMPERATURE, PROBABILITIES, SMOOTHING, "evict_last",
-            )  # fmt: skip
-
-    # combine
-    student_label_z, teacher_label_z = nothing, nothing
-    if not PROBABILITIES:
-        student_label_z = tl.load(student + student_offset + label.to(tl.int64) * student_c, kept, other=0.0)
-        student_label_z = student_label_z.to(tl.float32) - _finite(student_peak)
-        teacher_label_z = tl.load(teacher + teacher_offset + label.to(tl.int64) * teacher_c, kept, other=0.0)
-        teacher_label_z = teacher_label_z.to(tl.float32) - _finite(teacher_peak)
-        student_others = tl.where(inside, student_others, float("nan"))
-        mass, student_qz, teacher_qz = nothing + 1, student_label_z, teacher_label_z
-    # log Z = log1p(Z - 1): the label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-    label_e = _exp(student_label_z)
-    student_log_z = _log1p(student_others + (label_e - 1))
-    student_ce = mass * student_log_z - student_qz
-    teacher_ce = mass * _log1p(teacher_others + (_exp(teacher_label_z) - 1)) - teacher_qz
-    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
-    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(student_ce == float("inf"), 1.0, _one_minus_exp(student_ce / (teacher_ce + 1e-7)))
-    soft = tl.log(student_sum) - dot / teacher_sum * inverse
-    size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
     if TERMS:
-        tl.store(numbers + index, tl.where(kept, student_ce, 0.0), in_rows)
-        tl.store(numbers + size + index, tl.where(kept, teacher_ce, 0.0), in_rows)
-        tl.store(numbers + 2 * size + index, tl.where(kept, weight, 0.0), in_rows)
-        tl.store(numbers + 3 * size + index, tl.where(kept, soft, 0.0), in_rows)
+        for i in tl.static_range(4):
+            tl.store(loss + i * place.size + place.index, tl.where(place.kept, terms[i], 0.0), place.exists)
     else:
-        unit = nothing + _unit(target, counted, rows, target_r, ignore_index, scale, COUNT, PARTS)
-        hard = student_ce
-        if SMOOTHING:
-            flat = student_log_z - z_sum / classes
-            hard = tl.where(smoothing == 1, flat, (1 - smoothing) * hard + smoothing * flat)
-        # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules
-        # out a class to which the teacher gives mass.
-        weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-        total = tl.where(hard_weight == 0, 0.0, hard_weight * hard) + tl.where(alpha_t2 == 0, 0.0, alpha_t2 * weighted)
         # Nothing to average: 0 / 0.
-        tl.store(loss + index, tl.where(kept, total, 0.0) * unit, in_rows)
-
-        # gradient, of which an ignored row has none, whatever it holds
-        unit = tl.where(kept, unit, 0.0)
-        hard_scale = tl.where(kept, (hard_weight - q_scale + q_scale * mass) / (student_others + label_e), 0.0)
-        # p_y - 1 = -others / Z, which does not cancel.
-        at_label = tl.where(kept, hard_weight - q_scale - uniform - hard_scale * student_others, 0.0)
-        soft_scale = tl.where(kept & (alpha_t != 0), alpha_t * weight, 0.0)
-        # Formed alike: where student and teacher agree, their parts of the gradient cancel to the last digit.
-        student_scale = tl.where(kept, soft_scale / student_sum, 0.0)
-        teacher_scale = tl.where(kept, soft_scale / teacher_sum, 0.0)
-        student_peak, teacher_peak = _finite(student_peak), _finite(teacher_peak)
-    if STATE:
-        tl.store(numbers + index, student_peak, in_rows)
-        tl.store(numbers + size + index, teacher_peak, in_rows)
-        tl.store(numbers + 2 * size + index, hard_scale, in_rows)
-        tl.store(numbers + 3 * size + index, at_label, in_rows)
-        tl.store(numbers + 4 * size + index, student_scale, in_rows)
-        tl.store(numbers + 5 * size + index, teacher_scale, in_rows)
-        tl.store(numbers + 6 * size + index, unit, in_rows)
-    if GRADIENT:
-        if ONE_BLOCK:
-            _write_gradient(
-                student_z, teacher_z, target, gradient, target_offset, gradient_offset, target_c, gradient_c,
-                column, in_rows[:, None] & (column < inner[:, None]), label, kept,
-                hard_scale * unit, at_label * unit, student_scale * unit, teacher_scale * unit,
-                uniform * unit, q_scale * unit, inverse,
-                TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, "",
-            )  # fmt: skip
-        _reread_gradient(
-            student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-            student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, read, label, kept,
-            student_peak, teacher_peak, hard_scale, at_label, student_scale, teacher_scale, unit,
-            uniform, q_scale, inverse,
-            TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, ONE_BLOCK, PIXELS, EDGES,
-        )  # fmt: skip
+        tl.store(loss + place.index, tl.where(place.kept, total, 0.0) * unit, place.exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, numbers, upstream,
-    classes, rows,
-    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    ignore_index, inverse, uniform, q_scale,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    ROWS: tl.constexpr, CLASSES: tl.constexpr, ALIGN: tl.constexpr, PIXELS: tl.constexpr, EDGES: tl.constexpr,
+    student, teacher, target, gradient, upstream, counted,
+    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
+    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, upstream_b, upstream_r,
+    CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
+    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    COUNT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient for any incoming gradient, from the logits and the state of each row. Moves 3b bytes an element.
-
-    One program a block of ROWS rows of one batch, as in the forward kernel.
-    """
-    (
-        index, in_rows, kept, _inside, label, before, inner,
-        student_offset, teacher_offset, target_offset, gradient_offset, student_c, teacher_c, gradient_c,
-    ) = _place(
-        target, classes, rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-        target_b, target_c, target_r, gradient_b, gradient_c, gradient_r, ignore_index,
-        PROBABILITIES, ROWS, ALIGN, PIXELS, EDGES,
-    )  # fmt: skip
-    size = tl.num_programs(0) // tl.cdiv(rows, ROWS) * rows.to(tl.int64)
-    batch = index // rows
-    factor = tl.load(upstream + batch * upstream_b + (index - batch * rows) * upstream_r, kept, other=0.0)
-    unit = tl.load(numbers + 6 * size + index, kept, other=0.0) * factor.to(tl.float32)
-    _reread_gradient(
-        student, teacher, target, gradient, student_offset, teacher_offset, target_offset, gradient_offset,
-        student_c, teacher_c, target_c, gradient_c, classes, before, inner, in_rows, in_rows if PIXELS else kept,
-        label, kept,
-        tl.load(numbers + index, kept, other=0.0),
-        tl.load(numbers + size + index, kept, other=0.0),
-        tl.load(numbers + 2 * size + index, kept, other=0.0),
-        tl.load(numbers + 3 * size + index, kept, other=0.0),
-        tl.load(numbers + 4 * size + index, kept, other=0.0),
-        tl.load(numbers + 5 * size + index, kept, other=0.0),
-        unit, uniform, q_scale, inverse,
-        TEMPERATURE, PROBABILITIES, SMOOTHING, CLASSES, False, PIXELS, EDGES,
+    """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
+    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
+    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
+    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
+    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
+    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
+    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
+    factor = tl.load(upstream + place.batch * upstream_b + place.row * upstream_r, place.kept, other=0.0)
+    unit *= factor.to(tl.float32)
+    _run(
+        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
+        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
     )  # fmt: skip
 
 
@@ -560,19 +598,22 @@ def _scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _count_kernel(target, counted, size, ignore_index, PARTS: tl.constexpr):
-    """How many labels are not ignored, in PARTS parts, one a program."""
+def _count_kernel(target, counted, size, ignore_index):
+    """How many labels are not ignored, one part a program."""
     BLOCK: tl.constexpr = 1024
-    found = _count_labels(
-        target, tl.program_id(0).to(tl.int64) * BLOCK, PARTS * BLOCK, size, 1, ignore_index, BLOCK
-    )  # fmt: skip
-    tl.store(counted + tl.program_id(0), found)
+    kept = tl.zeros([BLOCK], tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        kept += _kept(target, first, size, 1, ignore_index, BLOCK)
+    tl.store(counted + tl.program_id(0), tl.sum(kept, axis=0))
+
+
+# --- the functions that every implementation has ---
 
 
 def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""
-    loss = student.new_empty(_rows(student), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options, loss, gradient)
+    loss = student.new_empty(student.shape[::2], dtype=torch.float32)
+    _launch_forward(student, teacher, target, options, loss, gradient, False)
     if options.reduction == "none":
         return loss
     total = loss.sum()  # of shares in the mean, where it is one
@@ -580,32 +621,23 @@ def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, 
 
 
 def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    upstream: Tensor,
-    options: Options,
-    gradient: Tensor,
+    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    state = student.new_empty((7, *_rows(student)), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options, torch.empty_like(state[0]), None, state)
-    launch = _launch(student, teacher, target, gradient)
-    if launch.programs:
-        upstream_strides = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
+    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
+    if programs:
+        b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
         with _device(student):
-            _backward_kernel[(launch.programs,)](
-                *launch.tensors, state, upstream, launch.classes, launch.rows, *launch.strides,
-                upstream_strides[0], upstream_strides[2], options.ignore_index, *_scalars(student, options),
-                TEMPERATURE=_special(options.temperature), PROBABILITIES=target.is_floating_point(),
-                SMOOTHING=options.label_smoothing > 0, **launch.constants,
-            )  # fmt: skip
+            mode, counted, share = _count(student, target, options)
+            _backward_kernel[(programs,)](
+                student, teacher, target, gradient, upstream, counted, *scalars, share, b, r, COUNT=mode, **constants
+            )
 
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
-    found = student.new_empty((4, *_rows(student)), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options, numbers=found)
+    found = student.new_empty((4, *student.shape[::2]), dtype=torch.float32)
+    _launch_forward(student, teacher, target, options._replace(reduction="none"), found, None, True)
     return found
 
 
@@ -617,207 +649,110 @@ def scale_(gradient: Tensor, upstream: Tensor) -> None:
             _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
 
 
+# --- launching ---
+
+# Launches of the forward kernel as they were, by the description of their tensors: what runs it, and all arguments but
+# these. Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
+# host. A training loop has two of them. An interpreted kernel is not compiled and has none.
+_REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+
 def _launch_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    options: Options,
-    loss: Tensor | None = None,
-    gradient: Tensor | None = None,
-    numbers: Tensor | None = None,
-) -> None:
-    """Run the forward kernel for the outputs that are given; `numbers` are a row's state or, alone, its terms."""
-    unused = student  # any address will do where a pointer is not followed
-    outputs = (
-        unused if gradient is None else gradient,
-        unused if loss is None else loss,
-        unused if numbers is None else numbers,
-    )
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options,
+    loss: Tensor, gradient: Tensor | None, terms: bool,
+) -> None:  # fmt: skip
     key = None
-    if student.shape[0] == 1 and not _misaligned(student, teacher, target):
+    tensors = (student, teacher, target, student if gradient is None else gradient, loss)
+    # Kernels are specialised for tensors that start on a multiple of 16 bytes.
+    if student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors):
         key = (
-            student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype,
-            target.stride(), target.dtype, student.device, options, gradient is None, loss is None, numbers is None,
+            student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
+            target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
         )  # fmt: skip
-        replay = _REPLAYS.get(key)
-        if replay is not None:
+        if key in _REPLAYS:
+            run, arguments = _REPLAYS[key]
             with _device(student):
-                replay.run(student, teacher, target, *outputs, unused, *replay.arguments)
+                run(*tensors, student, *arguments)
             return
-    launch = _launch(student, teacher, target, gradient)
-    if launch.programs == 0:
+    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
+    if programs == 0:
         return
     with _device(student):
-        mode, counted, scale = (0, None, 1.0) if loss is None else _count(student, target, options)
-        scalars = (
-            launch.classes, launch.rows, *launch.strides, options.ignore_index, *_scalars(student, options),
-            options.hard_weight, options.alpha * options.temperature**2, options.alpha * options.temperature,
-            options.label_smoothing, scale,
-        )  # fmt: skip
-        constants = {
-            "TEMPERATURE": _special(options.temperature), "PROBABILITIES": target.is_floating_point(),
-            "SMOOTHING": options.label_smoothing > 0, "COUNT": mode, "PARTS": PARTS,
-            "GRADIENT": gradient is not None, "STATE": numbers is not None and loss is not None,
-            "TERMS": loss is None, "ONE_BLOCK": launch.one_block, **launch.constants,
-        }  # fmt: skip
-        compiled = _forward_kernel[(launch.programs,)](
-            *launch.tensors, *outputs[1:], unused if counted is None else counted, *scalars, **constants
-        )
-    if key is not None and compiled is not None and counted is None:
-        if len(_REPLAYS) == REPLAYS:
+        mode, counted, share = _count(student, target, options)
+        constants |= {"COUNT": mode, "GRADIENT": gradient is not None, "TERMS": terms}
+        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, share, **constants)
+    if key is not None and compiled is not None and mode != 2:
+        if len(_REPLAYS) == 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
-        _REPLAYS[key] = _Replay(compiled[(launch.programs, 1, 1)], (*scalars, *constexprs))
+        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, share, *constexprs)
 
 
-class _Replay(NamedTuple):
-    """A launch of the forward kernel as it was, for tensors of the same description.
-
-    Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
-    host. An interpreted kernel is not compiled and has none.
-    """
-
-    run: Callable[..., None]
-    arguments: tuple[Any, ...]  # after the tensors
-
-
-REPLAYS = 256  # at most; a training loop has two
-_REPLAYS: dict[Any, _Replay] = {}
-
-
-def _misaligned(*tensors: Tensor) -> bool:
-    """Whether some tensor does not start on a multiple of 16 bytes, for which kernels are specialised."""
-    return any(tensor.data_ptr() % 16 for tensor in tensors)
-
-
-def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor | None, float]:
+def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
     """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
+    unused = student  # any address will do where a pointer is not followed
     if options.reduction != "mean":
-        return 0, None, 1.0
+        return 0, unused, 1.0
     if target.is_floating_point():
-        return 0, None, 1 / _rows(student).numel()
-    # 1024 labels are read in no time, and counting them on the spot saves a launch.
-    if student.shape[0] == 1 and student.shape[2] <= 1024:
-        return 1, None, 1.0
-    counted = student.new_empty(PARTS, dtype=torch.int32)
+        return 0, unused, 1 / (student.shape[0] * student.shape[2])
+    # To read 1024 labels takes no time, and saves a launch.
+    batches, rows = target.shape
+    if target.numel() <= 1024 and (batches == 1 or target.stride(0) == rows * target.stride(1)):
+        return 1, unused, 1.0
     labels = target.reshape(-1).contiguous()
-    _count_kernel[(PARTS,)](labels, counted, labels.numel(), options.ignore_index, PARTS=PARTS, num_warps=4)
+    counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
+    _count_kernel[counted.shape](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
     return 2, counted, 1.0
 
 
-class _Launch(NamedTuple):
-    """What the kernels that walk over logits have in common."""
+def _launch(
+    student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None, options: Options
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How many programs, their arguments and what they are compiled for. Another number of rows compiles nothing.
 
-    programs: int
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # student, teacher, target, gradient
-    classes: int
-    rows: int  # of a batch
-    strides: tuple[int, ...]  # of the tensors, along batch, class and row
-    one_block: bool
-    constants: dict[str, Any]
-
-
-def _launch(student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None) -> _Launch:
-    """Which program takes what. The numbers of rows and batches are ordinary arguments: another one compiles nothing.
-
-    Where a row stays in registers, 32 elements of both sets of logits a thread: fewer, and what is computed once a
-    thread and row costs more than the elements; more, and they no longer fit. So a warp holds 1024 elements, a row of
-    1000 classes needs no exchange between warps, and 8 warps hold 8192 without spilling to memory. Where registers
-    also carry statistics from block to block, 16, and 8 with a target of probabilities beside them; then 16 warps fill
-    a multiprocessor, so that few rows are on their way and the second pass finds its row in the L2 cache.
+    A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
+    16 warps share a multiprocessor; with fewer, what is computed once a thread and row costs more than the classes. So
+    a warp holds 1024 elements, and a row of 1000 classes needs no exchange between warps. With probabilities, or where
+    registers carry statistics from tile to tile, it is 16; then 16 warps walk over one row, and with few rows on their
+    way the second pass finds its row in the L2 cache.
     """
-    gradient = student if gradient is None else gradient
-    probabilities = target.is_floating_point()
     batches, classes, rows = student.shape
     if rows == 1:
         batches, rows = 1, batches
-    operands = [_strides(logits, student) for logits in (student, teacher, gradient)]
-    target_strides = _strides(target if probabilities else target[:, None], student)
-    if probabilities:
-        operands.append(target_strides)
-    unit = 16 // min(student.element_size(), teacher.element_size())  # elements in 16 bytes
-
-    pixels = rows > 1 and operands[0][1] != 1 and operands[0][2] == 1
-    edges = 0
-    if pixels:
-        # Each lane takes 16 bytes of neighbours and walks through the classes by itself: sums over them need no
-        # exchange between threads, and any number of classes fits without padding.
-        rows_block = _power_of_2(rows, 128 * unit)
-        classes_block = _power_of_2(classes, 2048 // rows_block)
-        warps = rows_block * classes_block // 512
-        align = _alignment(rows, *(stride for b, c, _ in operands for stride in (b, c)))
-    else:
-        classes_block = _power_of_2(classes, 8192)
-        if classes > classes_block and probabilities:
-            classes_block = 4096
-        rows_block = 1 if classes_block > 512 else 512 // classes_block
-        warps = rows_block * classes_block // 1024 if classes <= classes_block else 16
-        align = _alignment(classes, *(stride for b, _, r in operands for stride in (b, r)))
-        # Rows that start anywhere, but both sets of logits alike: all but their edges is 16 bytes wide.
-        if align < unit and classes > 1024 and _alike(operands, unit):
-            align, edges = 1, unit
-    constants = {
-        "ROWS": rows_block, "CLASSES": classes_block, "ALIGN": align, "PIXELS": pixels, "EDGES": edges,
-        "num_warps": 1 if warps < 1 else warps,
+    probabilities = target.is_floating_point()
+    q = target if probabilities else target[:, None]
+    tensors = (student, teacher, q, student if gradient is None else gradient)
+    strides = [_strides(tensor, student) for tensor in tensors]
+    if not probabilities:
+        strides[2] = (strides[2][0], 0, strides[2][2])
+    pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
+    vector = 1
+    if not pixels:
+        walked = [i for i in range(4) if i != 2 or probabilities]
+        largest = max(tensors[i].element_size() for i in walked)
+        vector = math.gcd(16 // largest, classes, *(strides[i][axis] for i in walked for axis in (0, 2)))
+    lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
+    k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
+    if classes > (512 if pixels else 8192):
+        lanes, k = 16 if pixels else 512, 16 // vector
+    warps = max(4, lanes if pixels else lanes // 32)
+    block = warps * 32 // lanes
+    alpha_t, smoothing = options.alpha * options.temperature, options.label_smoothing
+    settings = (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing)
+    scalars = (rows, *(stride for operand in strides for stride in operand), options.ignore_index, *settings)
+    return batches * -(-rows // block), scalars, {
+        "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
+        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
+        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PIXELS": pixels, "num_warps": warps,
     }  # fmt: skip
-    if pixels and torch.version.hip is None:
-        # Left to itself the assembler may spill a register to fit one program more.
-        constants["maxnreg"] = 255
-    return _Launch(
-        batches * -(-rows // rows_block),
-        (student, teacher, target, gradient),
-        classes,
-        rows,
-        (*operands[0], *operands[1], *target_strides, *operands[2]),
-        classes <= classes_block,
-        constants,
-    )
-
-
-def _rows(logits: Tensor) -> torch.Size:
-    return logits.shape[:1] + logits.shape[2:]
 
 
 def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
-    """Of batch, class and row; (B, C, 1) is read as one batch of B rows."""
+    """Of batch, class and row; (B, C, 1) is read as one batch of B rows. That of a single batch depends on its size."""
     b, c, r = tensor.stride()
+    if student.shape[0] == 1:
+        return 0, c, r
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
-
-
-def _scalars(student: Tensor, options: Options) -> tuple[float, float, float]:
-    """`inverse`, `uniform`, `q_scale`: 1 / T, and of the hard gradient, hard_weight * (p - q_smoothed)."""
-    smoothed = options.hard_weight * options.label_smoothing
-    return 1 / options.temperature, smoothed / student.shape[1], options.hard_weight - smoothed
-
-
-def _special(temperature: float) -> int:
-    """The temperatures for which one exponential gives the other; 0 for the rest."""
-    if temperature == 1:
-        return 1
-    return 2 if temperature == 2 else 0
-
-
-def _power_of_2(size: int, largest: int) -> int:
-    """The smallest power of two that holds `size`, `largest` at most."""
-    power = 1
-    while power < largest and power < size:
-        power *= 2
-    return power
-
-
-def _alignment(*numbers: int) -> int:
-    """The largest power of two, 16 at most, of which all of these are multiples."""
-    align = 16
-    for number in numbers:
-        while number % align:
-            align //= 2
-    return align
-
-
-def _alike(operands: list[tuple[int, int, int]], unit: int) -> bool:
-    """Whether contiguous rows of all operands start at the same distance from a multiple of `unit`."""
-    b, _, r = operands[0]
-    return all(c == 1 and (b - other_b) % unit == 0 and (r - other_r) % unit == 0 for other_b, c, other_r in operands)
 
 
 def _device(tensor: Tensor) -> AbstractContextManager[Any]:
