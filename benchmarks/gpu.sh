@@ -27,7 +27,8 @@ check memcheck compute-sanitizer --tool memcheck --error-exitcode 1 "${regimes[@
 check racecheck compute-sanitizer --tool racecheck --error-exitcode 1 "${regimes[@]}"
 check compile_report python benchmarks/compile_report.py
 check benchmark python benchmarks/bench_loss.py
-check cifar_epoch python benchmarks/bench_cifar.py
+check training_step python benchmarks/bench_step.py
+check cifar_epoch python examples/cifar.py --loss ce --fake-data 50000 --epochs 1 --out "$(mktemp -d)"
 check figures python benchmarks/plot.py
 cat "$summary"
 exit $failed
