@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from pathlib import Path
 
@@ -40,25 +39,11 @@ def test_signature_in_the_readme_is_the_function():
     assert re.sub(r"\s", "", printed[1]).replace('"', "'").split(",") == parameters
 
 
-def test_speed_table_is_the_benchmark_s_last_result():
-    with (ROOT / "benchmarks" / "results" / "cpu.csv").open() as file:
-        rows = {(row["logits"], row["provider"]): row for row in csv.DictReader(file)}
-    printed = re.findall(r"^\| (\d+x\d+) \((.*?)\) \|(.*)\|$", README, re.MULTILINE)
-    assert len(printed) == len({logits for logits, _ in rows})
-    for logits, use, cells in printed:
-        official, cross_entropy, ours, faster, official_compiled, ours_compiled, faster_compiled = cells.split("|")
-        for cell, provider in (
-            (official, "official"),
-            (cross_entropy, "cross_entropy"),
-            (ours, "wsl_loss"),
-            (official_compiled, "official, compiled"),
-            (ours_compiled, "wsl_loss, compiled"),
-        ):
-            value, unit = cell.split()
-            digits = len(value.partition(".")[2])
-            measured = float(rows[logits, provider]["p50_us"]) / {"us": 1, "ms": 1000}[unit]
-            assert value == f"{measured:.{digits}f}", (logits, provider)
-            assert rows[logits, provider]["use"] == use
-        assert faster.strip() == f"{float(rows[logits, 'wsl_loss']['speedup_over_official']):.1f}x"
-        compiled = rows[logits, "wsl_loss, compiled"]["speedup_over_compiled_official"]
-        assert faster_compiled.strip() == f"{float(compiled):.1f}x"
+def test_speed_tables_are_the_benchmark_s_last_result(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import plot
+
+    for path in (ROOT / "benchmarks" / "results").glob("c*.csv"):
+        rows = plot.read(path)
+        for dtype in {row["dtype"] for row in rows}:
+            assert plot.table([row for row in rows if row["dtype"] == dtype]) in README
