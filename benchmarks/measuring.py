@@ -72,11 +72,11 @@ def seconds_of_others() -> float:
 
 
 def low_fifth(times: list[float]) -> float:
-    return statistics.quantiles(times, n=5)[0]
+    return statistics.quantiles(times, n=5, method="inclusive")[0]
 
 
 def spread(times: list[float]) -> float:
-    return statistics.quantiles(times, n=5)[3] / low_fifth(times)
+    return statistics.quantiles(times, n=5, method="inclusive")[3] / low_fifth(times)
 
 
 def peak_bytes(step: Step, student: Tensor, device: str) -> int:
