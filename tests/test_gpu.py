@@ -17,6 +17,7 @@ from weighted_soft_labels.analysis import wsl_terms
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import bench_loss
+import bench_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -172,7 +173,7 @@ def test_compiled_is_eager(dtype):
 
 
 def test_first_call_of_a_process():
-    rows = bench_loss.first_call_rows()
+    rows = bench_step.first_call_rows()
     taken = {state: min(row["first_step_s"] for row in rows if row["cache"] == state) for state in ("cold", "warm")}
     assert taken["cold"] <= 5.0
     assert taken["warm"] <= 0.3
