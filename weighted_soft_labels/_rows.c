@@ -1,629 +1,473 @@
 /* The closed form of `_eager.py` as one loop over a row while it is in the cache: statistics, combine, gradient.
  *
  * Logits are (B, C, R) with any strides. A tile of rows is copied as float32 into scratch memory, where the lanes of a
- * vector lie on classes of one row or, where rows are neighbours in memory (pixels), on rows. What follows is the same
- * for both: class c of row r of a tile is at r * row_pitch + c * class_pitch.
+ * vector lie on classes of one row or, where rows are neighbours in memory (pixels), on rows. Lanes are plain arrays:
+ * the compiler makes vectors of the loops over them, for every instruction set from the same text.
  *
- * A row whose numbers are not finite leaves NaN as its loss, and the caller does that row again by other means.
- *
- * The file includes itself once for each instruction set: GCC lowers vector types to the instructions of the function
- * in which they are written, so one inline function cannot serve several. */
-#ifndef ISA
+ * A row whose numbers are not finite leaves NaN as its loss, and the caller does that row again by other means. */
+#define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
+#include <float.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define EPS 1e-7f            /* of the official code: keeps the weight finite where the teacher's cross-entropy is 0 */
-#define BLOCK 64             /* terms that a lane adds up before they join the compensated total */
-#define ROWS 16              /* in a tile at most, and what pixels are a multiple of: the lanes of any instruction set */
-#define ROWS_LOGITS 2048     /* of one set in a tile of several rows: both sets stay in the first cache */
-#define PIXELS 128           /* in a tile at most */
+#define EPS 1e-7f           /* of the official code: keeps the weight finite where the teacher's cross-entropy is 0 */
+#define LANES 16            /* at most; `lanes` is a constant wherever it is used */
+#define BLOCK 64            /* terms that a lane adds up in float before they join the total in double */
+#define ROWS_LOGITS 2048    /* of one set in a tile of several rows: both sets stay in the first cache */
+#define PIXELS 128          /* in a tile at most */
 #define PIXELS_LOGITS 16384
-#define GRAIN 16384          /* logits that are worth another thread */
+#define GRAIN 16384         /* logits that are worth another thread */
+#define BOTH for (int i = 0; i < 2; i++) /* sets of logits: 0 the student's, 1 the teacher's */
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT64 };
-static const int SIZE[] = {4, 2, 2, 8};
+#ifdef __GNUC__
+#define FN static inline __attribute__((always_inline)) /* compiled for the instruction set of its caller */
+#define EACH_LANE _Pragma("omp simd") for (int l = 0; l < lanes; l++)
+#define PREFETCH(address) __builtin_prefetch(address)
+#else
+#define FN static __forceinline
+#define EACH_LANE for (int l = 0; l < lanes; l++)
+#define PREFETCH(address) (void)(address)
+#define restrict __restrict
+#endif
 
-/* Sums over the classes of one set of logits. REST, SOFT_REST, LABEL_REST leave out one maximum, whose exp is 1. */
-enum { REST, SOFT_REST, DOT, Z_SUM, LABEL_Z, LABEL_SUM, LABEL_REST, SUMS };
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+static const int SIZE[] = {4, 2, 2};
 
 typedef struct {
-    char *data; /* NULL: there is none */
-    int64_t batch, class_, row; /* strides in bytes */
+    Py_ssize_t address, batch, class_, row; /* strides in elements */
     int dtype;
-} Tensor;
+} Logits;
 
 typedef struct {
-    int64_t batches, classes, rows, ignore_index;
+    Logits student, teacher, gradient; /* an address of 0: there is none */
+    Py_ssize_t target, upstream, loss; /* addresses of int64, float32, float32; but for the target, 0: there is none */
+    Py_ssize_t out; /* address of every row's loss, or with `terms` student CE, teacher CE, weight and soft term */
+    Py_ssize_t batches, classes, rows, tile; /* tile: rows in it */
+    long long ignore_index;
     float temperature, soft_weight, hard_weight, smoothing, scale; /* soft_weight: alpha * T; scale: of the gradient */
-    Tensor student, teacher, target, upstream, gradient;
-    float *out;   /* the losses, or student CE, teacher CE, weight and soft term */
-    int terms;    /* which of them */
-    int pixels;   /* lanes lie on rows */
-    int64_t tile; /* rows in a tile */
+    int terms, pixels; /* pixels: lanes lie on rows */
     volatile int out_of_memory;
 } Job;
 
-static int64_t label_of(const Job *job, int64_t b, int64_t r)
+typedef struct {
+    float *x[2], *e; /* logits, then exp(z / T), of both sets; the student's exp(z) where T is neither 1 nor 2 */
+    int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far each is in memory */
+    int32_t first[LANES], next; /* classes of the first step, and how many classes a step is */
+    int pixels;
+} Tile;
+
+/* Sums over the classes; the rests leave out the leader, whose exp is 1. Scales of the terms of the gradient. */
+enum { REST, SOFT_REST, TEACHER_REST, TEACHER_SOFT_REST, DOT, Z_SUM, SUMS };
+enum { HARD_SCALE, SOFT_SCALE, TEACHER_RATIO, UNIFORM, AT_LABEL, SCALES };
+
+typedef struct { /* of as many rows as there are lanes */
+    int32_t label[LANES], leader[2][LANES]; /* label: -1 where ignored; leader: the class of one maximum */
+    float label_logit[2][LANES], peak[2][LANES], sum[SUMS][LANES], unit[LANES], scale[SCALES][LANES];
+} Rows;
+
+FN int32_t bits(float v) { int32_t i; memcpy(&i, &v, sizeof i); return i; }
+FN float value(int32_t i) { float v; memcpy(&v, &i, sizeof v); return v; }
+FN int32_t choose_int(int condition, int32_t yes, int32_t no) { return no ^ ((yes ^ no) & -condition); }
+FN float choose(int condition, float yes, float no) { return value(choose_int(condition, bits(yes), bits(no))); }
+FN float where(int condition, float v) { return value(bits(v) & -condition); } /* masks: branches keep loops scalar */
+
+FN float load(const char *from, const int dtype)
 {
-    int64_t label;
-    memcpy(&label, job->target.data + b * job->target.batch + r * job->target.row, sizeof label);
-    return label;
-}
-
-static int is_kept(const Job *job, int64_t b, int64_t r)
-{
-    return job->target.dtype != INT64 || label_of(job, b, r) != job->ignore_index;
-}
-
-#define NAME(name) PASTE(name, ISA)
-#define PASTE(name, isa) PASTED(name, isa)
-#define PASTED(name, isa) name##_##isa
-#define V NAME(V)
-#define I NAME(I)
-#define U NAME(U)
-#define H NAME(H)
-#define Row NAME(Row)
-#define Tile NAME(Tile)
-#define get NAME(get)
-#define put NAME(put)
-#define all NAME(all)
-#define all_int NAME(all_int)
-#define bits NAME(bits)
-#define value NAME(value)
-#define where NAME(where)
-#define choose NAME(choose)
-#define widen NAME(widen)
-#define narrow NAME(narrow)
-#define exponentials NAME(exponentials)
-#define log1p_ NAME(log1p_)
-#define total NAME(total)
-#define peaks NAME(peaks)
-#define join_peak NAME(join_peak)
-#define statistics NAME(statistics)
-#define gradient_of NAME(gradient_of)
-#define rows_of NAME(rows_of)
-#define line_in NAME(line_in)
-#define line_out NAME(line_out)
-#define copy NAME(copy)
-#define tiles NAME(tiles)
-#else
-
-#if LANES == 1 /* a compiler without vector types */
-typedef float V;
-typedef int32_t I;
-typedef uint32_t U;
-typedef uint16_t H;
-#define MASK(condition) (-(condition))
-#define CONVERT(value, type) ((type)(value))
-#else
-typedef float V __attribute__((vector_size(4 * LANES)));
-typedef int32_t I __attribute__((vector_size(4 * LANES)));
-typedef uint32_t U __attribute__((vector_size(4 * LANES)));
-typedef uint16_t H __attribute__((vector_size(2 * LANES)));
-#define MASK(condition) (condition)
-#define CONVERT(value, type) __builtin_convertvector(value, type)
-#endif
-#define LANE(vector, i) (((float *)&(vector))[i])
-#define INT_LANE(vector, i) (((int32_t *)&(vector))[i])
-#define BOTH for (int i = 0; i < 2; i++) /* sets of logits: 0 the student's, 1 the teacher's */
-
-FN V get(const float *from) { V v; memcpy(&v, from, sizeof v); return v; }
-FN void put(float *to, V v) { memcpy(to, &v, sizeof v); }
-FN V all(float number) { V zero = {0}; return zero + number; }
-FN I all_int(int32_t number) { I zero = {0}; return zero + number; }
-FN I bits(V v) { I i; memcpy(&i, &v, sizeof i); return i; }
-FN V value(I i) { V v; memcpy(&v, &i, sizeof v); return v; }
-FN V where(I mask, V v) { return value(bits(v) & mask); }
-FN V choose(I mask, V yes, V no) { return value((bits(yes) & mask) | (bits(no) & ~mask)); }
-
-FN V widen(const char *from, const int dtype)
-{
-    H half;
-    if (dtype == FLOAT32)
-        return get((const float *)from);
-    memcpy(&half, from, sizeof half);
-    I i = CONVERT(half, I);
-    if (dtype == BFLOAT16)
-        return value((I)((U)i << 16));
-    I special = MASK((i & 0x7c00) == 0x7c00) & 0x7f800000, sign = (I)((U)(i & 0x8000) << 16);
-    return value(bits(value((i & 0x7fff) << 13) * 0x1p112f) | special | sign);
-}
-
-/* To the nearest, ties to even. */
-FN void narrow(char *to, V v, const int dtype)
-{
+    float number;
+    uint16_t half;
     if (dtype == FLOAT32) {
-        memcpy(to, &v, sizeof v);
+        memcpy(&number, from, sizeof number);
+        return number;
+    }
+    memcpy(&half, from, sizeof half);
+    if (dtype == BFLOAT16)
+        return value((int32_t)((uint32_t)half << 16));
+    const int32_t special = -((half & 0x7c00) == 0x7c00) & 0x7f800000, sign = (int32_t)((uint32_t)(half & 0x8000) << 16);
+    return value(bits(value((half & 0x7fff) << 13) * 0x1p112f) | special | sign);
+}
+
+/* Rounds to the nearest, ties to even. */
+FN void store(char *to, float number, const int dtype)
+{
+    const int32_t i = bits(number), size = i & 0x7fffffff;
+    uint16_t half;
+    if (dtype == FLOAT32) {
+        memcpy(to, &number, sizeof number);
         return;
     }
-    I i = bits(v), size = i & 0x7fffffff;
     if (dtype == BFLOAT16) {
-        i = (I)((U)i + 0x7fff + (U)((i >> 16) & 1)) >> 16;
+        half = (uint16_t)(((uint32_t)i + 0x7fff + ((i >> 16) & 1)) >> 16);
     } else {
-        I normal = (size - 0x37fff001 + ((size >> 13) & 1)) >> 13, special = (MASK(size > 0x7f800000) & 0x200) | 0x7c00;
-        I tiny = bits(value(size) + 0.5f) - 0x3f000000, is_tiny = MASK(size < 0x38800000), large = MASK(size >= 0x47800000);
-        i = ((i >> 16) & 0x8000) | (tiny & is_tiny) | (special & large) | (normal & ~is_tiny & ~large);
+        const int32_t normal = (size - 0x37fff001 + ((size >> 13) & 1)) >> 13, tiny = bits(value(size) + 0.5f) - 0x3f000000;
+        const int32_t special = (-(size > 0x7f800000) & 0x200) | 0x7c00, finite = choose_int(size < 0x38800000, tiny, normal);
+        half = (uint16_t)(((i >> 16) & 0x8000) | choose_int(size >= 0x47800000, special, finite));
     }
-    H half = CONVERT(i, H);
     memcpy(to, &half, sizeof half);
 }
 
-/* exp(x) - minus for x <= 0, as 2^n (1 + r + r^2 P(r)) to about 1 ulp; 0 where exp(x) would not be a normal number.
- * Of `count` vectors step by step, as each step waits for its last one. */
-FN void exponentials(const V *x, V *result, const int count, const float minus)
+/* exp(x) - minus for x <= 0, as 2^n (1 + r + r^2 P(r)) to about 1 ulp; 0 where exp(x) would not be a normal number. */
+FN float exp_less(float x, const float minus)
 {
-    V n[2], power[2], r[2], p[2];
-#define EACH for (int i = 0; i < count; i++)
-    EACH n[i] = x[i] * 1.44269504f + 12583039.0f; /* 1.5 * 2^23 + 127: the low bits are the exponent of 2^n */
-    EACH power[i] = value((I)((U)bits(n[i]) << 23));
-    EACH n[i] = n[i] - 12583039.0f;
-    EACH r[i] = x[i] - n[i] * 0.693359375f;
-    EACH r[i] = r[i] + n[i] * 2.12194440e-4f;
-    EACH p[i] = r[i] * 1.38131401e-3f + 8.36941972e-3f;
-    EACH p[i] = p[i] * r[i] + 4.16684560e-2f;
-    EACH p[i] = p[i] * r[i] + 1.66665152e-1f;
-    EACH p[i] = p[i] * r[i] + 0.49999994f;
-    EACH p[i] = p[i] * (r[i] * r[i]) + r[i];
-    EACH p[i] = p[i] * power[i] + (power[i] - minus);
-    EACH result[i] = where(~MASK(x[i] < -87.0f), p[i]); /* not below: NaN stays */
-#undef EACH
+    const float shifted = x * 1.44269504f + 12583039.0f; /* 1.5 * 2^23 + 127: the low bits are the exponent of 2^n */
+    const float n = shifted - 12583039.0f, power = value((int32_t)((uint32_t)bits(shifted) << 23));
+    const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    float p = r * 1.38131401e-3f + 8.36941972e-3f;
+    p = p * r + 4.16684560e-2f;
+    p = p * r + 1.66665152e-1f;
+    p = p * r + 0.49999994f;
+    p = p * (r * r) + r;
+    return where(!(x < -87.0f), p * power + (power - minus)); /* not below: NaN stays */
 }
 
 /* log(1 + x) for x >= 0 as log(u) + (x - (u - 1)) / u with u = 1 + x rounded; the logarithm is musl's. */
-FN V log1p_(V x)
+FN float log1p_(float x)
 {
-    V u = x + 1.0f;
-    I i = bits(u) - 0x3f3504f3; /* sqrt(1/2) */
-    V n = CONVERT(i >> 23, V), f = value((i & 0x7fffff) + 0x3f3504f3) - 1.0f;
-    V s = f / (f + 2.0f), z = s * s, w = z * z, half_square = f * f * 0.5f;
-    V polynomial = z * (w * 0.28498787f + 0.66666663f) + w * (w * 0.24279079f + 0.40000972f);
+    const float u = x + 1.0f;
+    const int32_t i = bits(u) - 0x3f3504f3; /* sqrt(1/2) */
+    const float n = (float)(i >> 23), f = value((i & 0x7fffff) + 0x3f3504f3) - 1.0f;
+    const float s = f / (f + 2.0f), z = s * s, w = z * z, half_square = f * f * 0.5f;
+    const float polynomial = z * (w * 0.28498787f + 0.66666663f) + w * (w * 0.24279079f + 0.40000972f);
     return s * (half_square + polynomial) + (n * 9.0580006e-06f + (x - (u - 1.0f)) / u) - half_square + f + n * 0.69313812f;
 }
 
-#define HALVES(join) join(2) join(4) join(8) join(16) /* constant bounds, or the compiler leaves a loop */
-
-FN float total(V v)
+/* The maximum of a row and its class, in all lanes; where lanes lie on rows, of every lane's row. */
+FN void peaks(const Tile *tile, int64_t at, float peak[2][LANES], int32_t leader[2][LANES], const int lanes)
 {
-    float x[LANES];
-    memcpy(x, &v, sizeof x);
-#define JOIN(parts) for (int i = 0; i < LANES / parts; i++) x[i] += x[i + LANES / parts];
-    HALVES(JOIN)
-#undef JOIN
-    return x[0];
-}
-
-typedef struct {
-    float *x[2], *target, *e; /* logits, then exp(z / T), of both sets; probabilities; the student's exp(z) if T is odd */
-    char *raw;                /* a line whose elements are not neighbours in memory */
-    int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and their distance */
-    I first, next;                               /* classes of the first step, and how far the next one is */
-} Tile;
-
-/* What the loss needs to know of one set of logits; first for each lane's part of a row, where lanes lie on classes. */
-typedef struct {
-    V peak, sum[SUMS];
-    I place; /* class of the maximum that is left out */
-} Row;
-
-NOINLINE void peaks(const Tile *tile, int64_t at, Row *row)
-{
-    const float *x[2] = {tile->x[0] + at, tile->x[1] + at};
-    I index = tile->first, place[2] = {index, index};
-    V peak[2] = {get(x[0]), get(x[1])};
-    for (int64_t k = 1; k < tile->steps; k++) {
-        index += tile->next;
-        BOTH {
-            V z = get(x[i] + k * tile->step);
-            I higher = MASK(z > peak[i]);
-            peak[i] = choose(higher, z, peak[i]);
-            place[i] = (index & higher) | (place[i] & ~higher);
+    BOTH EACH_LANE peak[i][l] = tile->x[i][at + l], leader[i][l] = tile->first[l];
+    for (int64_t k = 1; k < tile->steps; k++)
+        EACH_LANE {
+            const float s = tile->x[0][at + k * tile->step + l], t = tile->x[1][at + k * tile->step + l];
+            const int32_t c = tile->first[l] + (int32_t)k * tile->next;
+            leader[0][l] = choose_int(s > peak[0][l], c, leader[0][l]), peak[0][l] = s > peak[0][l] ? s : peak[0][l];
+            leader[1][l] = choose_int(t > peak[1][l], c, leader[1][l]), peak[1][l] = t > peak[1][l] ? t : peak[1][l];
         }
+    for (int i = 0; i < 2 && !tile->pixels; i++) {
+        float highest = peak[i][0];
+        int32_t found = 0;
+        for (int l = 1; l < lanes; l++)
+            highest = peak[i][l] > highest ? peak[i][l] : highest;
+        for (int l = 0; l < lanes; l++)
+            found = peak[i][l] == highest && leader[i][l] > found ? leader[i][l] : found;
+        EACH_LANE peak[i][l] = highest, leader[i][l] = found;
     }
-    BOTH row[i].peak = peak[i], row[i].place = place[i];
 }
 
-/* From each lane's maximum to that of the row, in all lanes. */
-FN void join_peak(Row *row)
+typedef struct { float z, soft, e; } Element; /* logit less the peak, exp(z / T), exp(z) */
+
+FN Element element(float z, float temperature, const int kind)
 {
-    float peak[LANES];
-    int32_t place[LANES];
-    memcpy(peak, &row->peak, sizeof peak), memcpy(place, &row->place, sizeof place);
-#define JOIN(parts) for (int i = 0; i < LANES / parts; i++) { \
-        const float other = peak[i + LANES / parts]; \
-        const int32_t higher = -(other > peak[i]); /* a mask: which is higher cannot be foreseen */ \
-        peak[i] = other > peak[i] ? other : peak[i]; \
-        place[i] = (place[i + LANES / parts] & higher) | (place[i] & ~higher); \
-    }
-    HALVES(JOIN)
-#undef JOIN
-    row->peak = all(peak[0]), row->place = all_int(place[0]);
+    const float soft = exp_less(kind == 1 ? z : kind == 2 ? z * 0.5f : z * (1 / temperature), 0);
+    const Element found = {z, soft, kind == 1 ? soft : kind == 2 ? soft * soft : exp_less(z, 0)};
+    return found;
 }
 
-/* The sums of both sets over the classes, and exp(z / T) in place of the logits. */
-FN void statistics(const Job *job, const Tile *tile, int64_t at, Row *row, const int kind, const int soft_target)
+/* Into `rows`, from entry `j`: of one row, or of all where lanes lie on rows. exp(z / T) takes the place of the logits.
+ * `kind` is the temperature where one exponential makes both, else 0. */
+FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int j, const int kind, const int lanes)
 {
     float *restrict student = tile->x[0] + at, *restrict teacher = tile->x[1] + at, *restrict e_out = tile->e + at;
-    const float *restrict target = tile->target + at, over = 1 / job->temperature;
-    const V zero = all(0), peak[2] = {row[0].peak, row[1].peak};
-    const I place[2] = {row[0].place, row[1].place}, ones = all_int(-1);
-    V lost[2][SUMS];
-    I index = tile->first;
-    BOTH for (int j = 0; j < SUMS; j++)
-        row[i].sum[j] = lost[i][j] = zero;
+    const int32_t classes = (int32_t)job->classes;
+    float peak[2][LANES];
+    int32_t leader[2][LANES];
+    double total[SUMS][LANES];
+    peaks(tile, at, peak, leader, lanes);
+    for (int i = 0; i < SUMS; i++)
+        EACH_LANE total[i][l] = 0;
     for (int64_t k = 0; k < tile->steps;) {
         const int64_t end = tile->steps - k < BLOCK ? tile->steps : k + BLOCK;
-        V part[2][SUMS] = {{zero, zero, zero, zero, zero, zero, zero}, {zero, zero, zero, zero, zero, zero, zero}};
-        for (; k < end; k++, index += tile->next) {
-            const int64_t here = k * tile->step;
-            const I real = k < tile->steps - 1 ? ones : MASK(index < (int32_t)job->classes); /* lanes beyond the last class */
-            V z[2] = {where(real, get(student + here) - peak[0]), where(real, get(teacher + here) - peak[1])};
-            V z_over_t[2], soft[2], e[2];
-            BOTH z_over_t[i] = kind == 1 ? z[i] : kind == 2 ? z[i] * 0.5f : z[i] * over;
-            exponentials(z_over_t, soft, 2, 0);
-            BOTH e[i] = kind == 1 ? soft[i] : soft[i] * soft[i];
-            if (!kind)
-                exponentials(z, e, 2, 0), put(e_out + here, e[0]);
-            put(student + here, soft[0]), put(teacher + here, soft[1]);
-            part[0][DOT] += soft[1] * z[0];
-            part[0][Z_SUM] += z[0];
-            BOTH {
-                const I others = real & MASK(index != place[i]);
-                part[i][REST] += where(others, e[i]);
-                part[i][SOFT_REST] += where(others, soft[i]);
-                if (soft_target) {
-                    const V q = get(target + here);
-                    part[i][LABEL_Z] += q * z[i];
-                    part[i][LABEL_SUM] += where(real, q);
-                    part[i][LABEL_REST] += where(others, q);
-                }
+        float sum[SUMS][LANES];
+        for (int i = 0; i < SUMS; i++)
+            EACH_LANE sum[i][l] = 0;
+        for (; k < end; k++)
+            EACH_LANE {
+                const int64_t here = k * tile->step + l;
+                const int32_t c = tile->first[l] + (int32_t)k * tile->next;
+                const int other = c != leader[0][l], teacher_other = c != leader[1][l];
+                const Element s = element(student[here] - peak[0][l], job->temperature, kind);
+                const Element t = element(teacher[here] - peak[1][l], job->temperature, kind);
+                student[here] = s.soft, teacher[here] = t.soft;
+                if (!kind)
+                    e_out[here] = s.e;
+                sum[REST][l] += where(other, s.e), sum[SOFT_REST][l] += where(other, s.soft);
+                sum[TEACHER_REST][l] += where(teacher_other, t.e), sum[TEACHER_SOFT_REST][l] += where(teacher_other, t.soft);
+                sum[DOT][l] += t.soft * s.z, sum[Z_SUM][l] += where(c < classes, s.z);
             }
-        }
-        BOTH for (int j = 0; j < (soft_target ? SUMS : LABEL_Z); j++) {
-            V more = part[i][j] - lost[i][j], grown = row[i].sum[j] + more;
-            lost[i][j] = (grown - row[i].sum[j]) - more;
-            row[i].sum[j] = grown;
-        }
+        for (int i = 0; i < SUMS; i++)
+            EACH_LANE total[i][l] += sum[i][l];
+    }
+    for (int half = tile->pixels ? 0 : lanes / 2; half; half /= 2)
+        for (int i = 0; i < SUMS; i++)
+            for (int l = 0; l < half; l++)
+                total[i][l] += total[i][l + half];
+    for (int l = 0; l < (tile->pixels ? lanes : 1); l++) {
+        BOTH rows->peak[i][j + l] = peak[i][l], rows->leader[i][j + l] = leader[i][l];
+        for (int i = 0; i < SUMS; i++)
+            rows->sum[i][j + l] = (float)total[i][l];
     }
 }
 
-/* In place of the student's exp(z / T), the gradient: its terms, without regard to the student's peak and the label. */
-FN void gradient_of(const Tile *tile, int64_t at, const V *scale, I kept, const int kind, const int soft_target)
-{
-    float *restrict student = tile->x[0] + at;
-    const float *restrict teacher = tile->x[1] + at, *restrict e_in = tile->e + at, *restrict target = tile->target + at;
-    const V hard_scale = scale[0], soft_scale = scale[1], teacher_ratio = scale[2], uniform = scale[3], at_label = scale[4];
-    for (int64_t k = 0, here = 0; k < tile->steps; k++, here += tile->step) {
-        V soft = get(student + here), e = kind == 1 ? soft : kind == 2 ? soft * soft : get(e_in + here);
-        V gradient = (hard_scale * e - uniform) + soft_scale * (soft - teacher_ratio * get(teacher + here));
-        if (soft_target)
-            gradient -= at_label * get(target + here);
-        put(student + here, where(kept, gradient));
-    }
-}
-
-/* Loss (or terms) and gradient of `n` rows, one a lane, from row `r` of the batch and offset `at` of the tile. */
-FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t b, int64_t r, int n, const int kind, const int soft_target)
+/* The losses (or terms) of all rows into `results`, and the scales of their gradient. */
+FN void combine(const Job *job, Rows *rows, float results[4][LANES], const int lanes)
 {
     const float classes = (float)job->classes, temperature = job->temperature, smoothing = job->smoothing;
-    Row row[2];
-    V scale = all(job->scale);
-    I label = all_int(-1); /* or 0, where probabilities take its place */
-    memset(row, 0, sizeof row);
-    for (int j = 0; j < n; j++) {
-        if (!is_kept(job, b, r + j))
-            continue;
-        INT_LANE(label, j) = soft_target ? 0 : (int32_t)label_of(job, b, r + j);
-        BOTH LANE(row[i].sum[LABEL_Z], j) = tile->x[i][at + j * tile->row_pitch + INT_LANE(label, j) * tile->class_pitch];
-        if (job->upstream.data) {
-            float upstream;
-            memcpy(&upstream, job->upstream.data + b * job->upstream.batch + (r + j) * job->upstream.row, sizeof upstream);
-            LANE(scale, j) *= upstream;
-        }
-    }
-    const I kept = MASK(label >= 0);
-    const V label_logit[2] = {row[0].sum[LABEL_Z], row[1].sum[LABEL_Z]};
-
-    if (job->pixels) {
-        peaks(tile, at, row);
-        statistics(job, tile, at, row, kind, soft_target);
-    }
-    for (int j = 0; j < n && !job->pixels; j++) {
-        Row lanes[2];
-        if (INT_LANE(label, j) < 0)
-            continue;
-        peaks(tile, at + j * tile->row_pitch, lanes);
-        join_peak(&lanes[0]), join_peak(&lanes[1]);
-        statistics(job, tile, at + j * tile->row_pitch, lanes, kind, soft_target);
-        BOTH {
-            LANE(row[i].peak, j) = LANE(lanes[i].peak, 0), INT_LANE(row[i].place, j) = INT_LANE(lanes[i].place, 0);
-            for (int sum = 0; sum < (soft_target ? SUMS : LABEL_Z); sum++)
-                LANE(row[i].sum[sum], j) = total(lanes[i].sum[sum]);
-        }
-    }
-    if (!soft_target)
-        BOTH row[i].sum[LABEL_Z] = label_logit[i] - row[i].peak, row[i].sum[LABEL_SUM] = all(1);
-
-    /* combine */
-    const V *s = row[0].sum, *t = row[1].sum;
-    V sum = s[REST] + 1.0f, soft_sum = s[SOFT_REST] + 1.0f, teacher_soft_sum = t[SOFT_REST] + 1.0f, log_sum = log1p_(s[REST]);
-    V student_ce = s[LABEL_SUM] * log_sum - s[LABEL_Z], teacher_ce = t[LABEL_SUM] * log1p_(t[REST]) - t[LABEL_Z];
-    V ratio = -student_ce / (teacher_ce + EPS), weight;
-    ratio = choose(MASK(ratio < -87.0f), all(-87), ratio);
-    exponentials(&ratio, &weight, 1, 1);
-    weight = 0.0f - weight;
-    V soft = log1p_(s[SOFT_REST]) - s[DOT] / (teacher_soft_sum * temperature);
-    V hard = student_ce * (1 - smoothing) + (log_sum - s[Z_SUM] / classes) * smoothing;
-    V odd = (s[DOT] + s[LABEL_Z] + t[LABEL_Z]) * 0.0f; /* NaN where anything is not finite */
-    V loss = hard * job->hard_weight + weight * soft * job->soft_weight * temperature;
-    V results[4] = {(job->terms ? student_ce : loss) + odd, teacher_ce, weight, soft};
-    for (int j = 0; j < (job->terms ? 4 : 1); j++) {
-        results[j] = where(kept, results[j]);
-        memcpy(job->out + (j * job->batches + b) * job->rows + r, &results[j], n * sizeof(float));
-    }
-    if (!job->gradient.data)
-        return;
-
-    /* gradient */
-    V hard_weight = scale * job->hard_weight, at_label = hard_weight * (1 - smoothing), teacher_ratio = soft_sum / teacher_soft_sum;
-    V hard_scale = (at_label * s[LABEL_SUM] + hard_weight * smoothing) / sum, uniform = hard_weight * (smoothing / classes);
-    V soft_scale = weight * scale * job->soft_weight / soft_sum;
-    I leads = MASK(label == row[0].place);
-    V q = where(leads, all(1)), q_rest = soft_target ? s[LABEL_REST] : 1.0f - q, teacher = all(0);
-    for (int j = 0; j < n; j++) {
-        const int64_t place = at + j * tile->row_pitch + INT_LANE(row[0].place, j) * tile->class_pitch;
-        LANE(teacher, j) = tile->x[1][place];
-        if (soft_target)
-            LANE(q, j) = tile->target[place];
-    }
-    /* At the student's peak p - 1 is -rest / (1 + rest), wherever p is the nearer to 1: no difference of two such. */
-    V sure = at_label * q_rest - hard_scale * s[REST] + uniform * (classes - 1);
-    V at_peak = choose(MASK(s[REST] < 1.0f), sure, hard_scale - at_label * q - uniform);
-    I both_sure = MASK(s[SOFT_REST] < 1.0f) & MASK(row[0].place == row[1].place);
-    at_peak += soft_scale * choose(both_sure, teacher_ratio * t[SOFT_REST] - s[SOFT_REST], 1.0f - teacher_ratio * teacher);
-    V scales[5] = {hard_scale, soft_scale, teacher_ratio, uniform, at_label}, lane[5];
-    if (job->pixels)
-        gradient_of(tile, at, scales, kept, kind, soft_target);
-    for (int j = 0; j < n; j++) {
-        float *student = tile->x[0] + at + j * tile->row_pitch;
-        if (!job->pixels) {
-            for (int i = 0; i < 5; i++)
-                lane[i] = all(LANE(scales[i], j));
-            gradient_of(tile, at + j * tile->row_pitch, lane, all_int(INT_LANE(kept, j)), kind, soft_target);
-        }
-        if (INT_LANE(kept, j)) {
-            student[INT_LANE(row[0].place, j) * tile->class_pitch] = LANE(at_peak, j);
-            if (!soft_target && !INT_LANE(leads, j))
-                student[INT_LANE(label, j) * tile->class_pitch] -= LANE(at_label, j);
-        }
+    const float hard_weight = job->hard_weight, soft_weight = job->soft_weight;
+    const int terms = job->terms;
+    EACH_LANE {
+        const float rest = rows->sum[REST][l], soft_rest = rows->sum[SOFT_REST][l];
+        const float teacher_rest = rows->sum[TEACHER_REST][l], teacher_soft_rest = rows->sum[TEACHER_SOFT_REST][l];
+        const float dot = rows->sum[DOT][l], z_sum = rows->sum[Z_SUM][l];
+        const float label_z = rows->label_logit[0][l] - rows->peak[0][l];
+        const float teacher_label_z = rows->label_logit[1][l] - rows->peak[1][l];
+        const float student_ce = log1p_(rest) - label_z, teacher_ce = log1p_(teacher_rest) - teacher_label_z;
+        const float ratio = -student_ce / (teacher_ce + EPS);
+        const float weight = 0.0f - exp_less(choose(ratio < -87.0f, -87.0f, ratio), 1);
+        const float soft = log1p_(soft_rest) - dot / (temperature * (1 + teacher_soft_rest));
+        const float hard = (1 - smoothing) * student_ce + smoothing * (log1p_(rest) - z_sum / classes);
+        const float loss = hard_weight * hard + soft_weight * temperature * weight * soft;
+        const float odd = (dot + label_z + teacher_label_z) * 0.0f; /* NaN where anything is not finite */
+        const int kept = rows->label[l] >= 0;
+        results[0][l] = where(kept, choose(terms, student_ce, loss) + odd);
+        results[1][l] = where(kept, teacher_ce), results[2][l] = where(kept, weight), results[3][l] = where(kept, soft);
+        const float hard_unit = rows->unit[l] * hard_weight;
+        rows->scale[HARD_SCALE][l] = hard_unit / (1 + rest);
+        rows->scale[SOFT_SCALE][l] = rows->unit[l] * soft_weight * weight / (1 + soft_rest);
+        rows->scale[TEACHER_RATIO][l] = (1 + soft_rest) / (1 + teacher_soft_rest);
+        rows->scale[UNIFORM][l] = hard_unit * (smoothing / classes);
+        rows->scale[AT_LABEL][l] = hard_unit * (1 - smoothing);
     }
 }
 
-FN void line_in(const char *from, int64_t length, float *to, const int dtype)
+/* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for leader and label. */
+FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const int kind, const int lanes)
 {
-    int64_t k = 0;
-    for (; k + LANES <= length; k += LANES)
-        put(to + k, widen(from + k * SIZE[dtype], dtype));
-    if (k == length)
-        return;
-    char part[4 * LANES] = {0};
-    memcpy(part, from + k * SIZE[dtype], (length - k) * SIZE[dtype]);
-    put(to + k, widen(part, dtype));
-    for (int64_t i = length; i < k + LANES; i++)
-        to[i] = to[0]; /* which is no new maximum */
+    float *restrict student = tile->x[0] + at, scale[SCALES][LANES];
+    const float *restrict teacher = tile->x[1] + at, *restrict e_in = tile->e + at;
+    int32_t kept[LANES];
+    EACH_LANE kept[l] = rows->label[tile->pixels ? l : j] >= 0;
+    for (int i = 0; i < SCALES; i++)
+        EACH_LANE scale[i][l] = rows->scale[i][tile->pixels ? l : j];
+    for (int64_t k = 0; k < tile->steps; k++)
+        EACH_LANE {
+            const int64_t here = k * tile->step + l;
+            const float soft = student[here], e = kind == 1 ? soft : kind == 2 ? soft * soft : e_in[here];
+            const float hard = scale[HARD_SCALE][l] * e - scale[UNIFORM][l];
+            student[here] = where(kept[l], hard + scale[SOFT_SCALE][l] * (soft - scale[TEACHER_RATIO][l] * teacher[here]));
+        }
 }
 
-FN void line_out(char *to, int64_t length, const float *from, const int dtype)
+/* That of row `j` at leader and label. Where the leader has more than half, p - 1 is -rest / (1 + rest) there: no
+ * difference of two numbers near 1. */
+FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j)
 {
-    int64_t k = 0;
-    char part[4 * LANES];
-    for (; k + LANES <= length; k += LANES)
-        narrow(to + k * SIZE[dtype], get(from + k), dtype);
-    if (k < length) {
-        narrow(part, get(from + k), dtype);
-        memcpy(to + k * SIZE[dtype], part, (length - k) * SIZE[dtype]);
+    float *student = tile->x[0] + at + j * tile->row_pitch, *teacher = tile->x[1] + at + j * tile->row_pitch;
+    const int32_t label = rows->label[j], leader = rows->leader[0][j];
+    const float rest = rows->sum[REST][j], soft_rest = rows->sum[SOFT_REST][j], q = label == leader;
+    const float hard_scale = rows->scale[HARD_SCALE][j], ratio = rows->scale[TEACHER_RATIO][j];
+    const float at_label = rows->scale[AT_LABEL][j], uniform = rows->scale[UNIFORM][j];
+    const float sure = at_label * (1 - q) + uniform * (float)(job->classes - 1) - hard_scale * rest;
+    const float hard = choose(rest < 1, sure, hard_scale - at_label * q - uniform);
+    const float agreed = ratio * rows->sum[TEACHER_SOFT_REST][j] - soft_rest;
+    const int agree = (soft_rest < 1) & (leader == rows->leader[1][j]);
+    const float soft = choose(agree, agreed, 1 - ratio * teacher[leader * tile->class_pitch]);
+    student[leader * tile->class_pitch] = hard + rows->scale[SOFT_SCALE][j] * soft;
+    student[label * tile->class_pitch] -= where(label != leader, at_label);
+}
+
+FN int64_t label_of(const Job *job, int64_t row)
+{
+    int64_t label;
+    memcpy(&label, (char *)job->target + row * 8, sizeof label);
+    return label;
+}
+
+/* Loss (or terms) and gradient of `n` rows, at most one a lane, at `at` of the tile; `row` counts from the tensors' first. */
+FN void rows_of(const Job *job, const Tile *tile, int64_t at, Rows *rows, int64_t row, int n, const int kind, const int lanes)
+{
+    const int runs = tile->pixels ? 1 : n;
+    float results[4][LANES];
+    EACH_LANE rows->label[l] = -1;
+    for (int j = 0; j < n; j++) {
+        float upstream = 1;
+        if (label_of(job, row + j) == job->ignore_index)
+            continue;
+        if (job->upstream)
+            memcpy(&upstream, (char *)job->upstream + (row + j) * 4, sizeof upstream);
+        rows->label[j] = (int32_t)label_of(job, row + j), rows->unit[j] = job->scale * upstream;
+        BOTH rows->label_logit[i][j] = tile->x[i][at + j * tile->row_pitch + rows->label[j] * tile->class_pitch];
     }
+    for (int j = 0; j < runs; j++)
+        if (tile->pixels || rows->label[j] >= 0)
+            statistics(job, tile, at + j * tile->row_pitch, rows, j, kind, lanes);
+    combine(job, rows, results, lanes);
+    for (int i = 0; i < (job->terms ? 4 : 1); i++)
+        memcpy((float *)job->out + i * job->batches * job->rows + row, results[i], n * sizeof(float));
+    for (int j = 0; j < runs && job->gradient.address; j++)
+        gradient(tile, at + j * tile->row_pitch, rows, j, kind, lanes);
+    for (int j = 0; j < n && job->gradient.address; j++)
+        if (rows->label[j] >= 0)
+            gradient_at(job, tile, at, rows, j);
+}
+
+FN void line(char *data, int64_t stride, float *floats, int64_t length, const int dtype, const int out)
+{
+    for (int64_t i = 0; i < length; i++)
+        if (out)
+            store(data + i * stride, floats[i], dtype);
+        else
+            floats[i] = load(data + i * stride, dtype);
 }
 
 /* Between a tensor and its tile, a line at a time: the classes of one row, or the pixels of one class. */
-FN void copy(const Job *job, const Tensor *tensor, int64_t b, int64_t r, int64_t n, const Tile *tile, float *floats, int out)
+FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t n, const Tile *tile, float *floats, const int out)
 {
-    const int64_t lines = job->pixels ? job->classes : n, length = job->pixels ? n : job->classes;
-    const int64_t far = job->pixels ? tensor->class_ : tensor->row, near = job->pixels ? tensor->row : tensor->class_;
-    const int dtype = tensor->dtype, size = SIZE[dtype], gather = near != size && length > 1;
-    char *data = tensor->data + b * tensor->batch + r * tensor->row;
-    for (int64_t j = 0; j < lines; j++, data += far, floats += job->pixels ? tile->class_pitch : tile->row_pitch) {
-        char *raw = gather ? tile->raw : data;
-        if (!out && !job->pixels && !is_kept(job, b, r + j))
+    const int size = SIZE[logits->dtype], pixels = job->pixels;
+    const int64_t lines = pixels ? job->classes : n, length = pixels ? n : job->classes;
+    const int64_t far = size * (pixels ? logits->class_ : logits->row), near = size * (pixels ? logits->row : logits->class_);
+    const int64_t pitch = pixels ? tile->class_pitch : tile->row_pitch;
+    char *data = (char *)logits->address + size * (b * logits->batch + r * logits->row);
+    for (int64_t j = 0; j < lines; j++, data += far, floats += pitch) {
+        if (!out && !pixels && label_of(job, b * job->rows + r + j) == job->ignore_index)
             continue;
-        for (int64_t i = 0; job->pixels && !out && i < n * size; i += 64)
-            PREFETCH(data + n * near + i); /* the next tile: too many streams for the processor to foresee */
-        for (int64_t i = 0; gather && !out && i < length; i++)
-            memcpy(raw + i * size, data + i * near, size);
-#define LINE(dtype) out ? line_out(raw, length, floats, dtype) : line_in(raw, length, floats, dtype)
-        dtype == FLOAT32 ? LINE(FLOAT32) : dtype == BFLOAT16 ? LINE(BFLOAT16) : LINE(FLOAT16);
-#undef LINE
-        for (int64_t i = 0; gather && out && i < length; i++)
-            memcpy(data + i * near, raw + i * size, size);
+        for (int64_t i = 0; pixels && !out && i < length * near; i += 64)
+            PREFETCH(data + length * near + i); /* the next tile: too many streams for the processor to foresee */
+#define CASE(dtype) \
+    case dtype: near == SIZE[dtype] ? line(data, SIZE[dtype], floats, length, dtype, out) \
+                                    : line(data, near, floats, length, dtype, out); break;
+        switch (logits->dtype) { CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16) }
+#undef CASE
+        for (int64_t i = length; !out && !pixels && i < pitch; i++)
+            floats[i] = -FLT_MAX; /* lanes beyond the last class: no maximum, and exp is 0 */
     }
 }
 
-TARGET static void tiles(int64_t begin, int64_t end, void *context)
+FN void tiles(int64_t begin, int64_t end, Job *job, const int lanes)
 {
-    Job *job = context;
-    const int64_t row = job->pixels ? job->tile : (job->classes + LANES - 1) / LANES * LANES;
+    const int64_t row = job->pixels ? job->tile : (job->classes + lanes - 1) / lanes * lanes;
     const int64_t logits = row * (job->pixels ? job->classes : job->tile), in_batch = (job->rows + job->tile - 1) / job->tile;
-    const int soft_target = job->target.dtype != INT64, kind = job->temperature == 1 ? 1 : job->temperature == 2 ? 2 : 0;
-    float *scratch = malloc((4 * logits + row) * sizeof(float)); /* pages that are not touched cost nothing */
+    const int kind = job->temperature == 1 ? 1 : job->temperature == 2 ? 2 : 0;
+    float *scratch = malloc((kind ? 2 : 3) * logits * sizeof(float));
     if (!scratch) {
         job->out_of_memory = 1;
         return;
     }
-    Tile tile = {{scratch, scratch + logits}, scratch + 2 * logits, scratch + 3 * logits, (char *)(scratch + 4 * logits),
-                 row, 1, row / LANES, LANES, all_int(0), all_int(LANES)};
-    for (int i = 0; i < LANES; i++)
-        INT_LANE(tile.first, i) = i;
-    if (job->pixels) {
-        tile.row_pitch = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
-        tile.first = all_int(0), tile.next = all_int(1);
-    }
+    Tile tile = {{scratch, scratch + logits}, scratch + 2 * logits, row, 1, row / lanes, lanes, {0}, lanes, job->pixels};
+    for (int l = 0; l < lanes; l++)
+        tile.first[l] = job->pixels ? 0 : l;
+    if (job->pixels)
+        tile.row_pitch = tile.next = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
+    Rows rows = {0};
     for (; begin < end; begin++) {
         const int64_t b = begin / in_batch, r = begin % in_batch * job->tile;
         const int64_t n = job->rows - r < job->tile ? job->rows - r : job->tile;
         copy(job, &job->student, b, r, n, &tile, tile.x[0], 0);
         copy(job, &job->teacher, b, r, n, &tile, tile.x[1], 0);
-        if (soft_target)
-            copy(job, &job->target, b, r, n, &tile, tile.target, 0);
-        for (int64_t i = 0; i < n; i += LANES) {
-#define CASE(kind, soft_target) case kind + 3 * soft_target: \
-            rows_of(job, &tile, i * tile.row_pitch, b, r + i, n - i < LANES ? (int)(n - i) : LANES, kind, soft_target); break;
-            switch (kind + 3 * soft_target) { CASE(0, 0) CASE(1, 0) CASE(2, 0) CASE(0, 1) CASE(1, 1) CASE(2, 1) }
-#undef CASE
+        for (int64_t i = 0; i < n; i += lanes) {
+            const int64_t at = i * tile.row_pitch, row = b * job->rows + r + i;
+            const int left = n - i < lanes ? (int)(n - i) : lanes;
+            switch (kind) {
+            case 0: rows_of(job, &tile, at, &rows, row, left, 0, lanes); break;
+            case 1: rows_of(job, &tile, at, &rows, row, left, 1, lanes); break;
+            case 2: rows_of(job, &tile, at, &rows, row, left, 2, lanes); break;
+            }
         }
-        if (job->gradient.data)
+        if (job->gradient.address)
             copy(job, &job->gradient, b, r, n, &tile, tile.x[0], 1);
     }
     free(scratch);
 }
-#undef MASK
-#undef CONVERT
-#undef HALVES
-#undef ISA
-#undef LANES
-#undef TARGET
-#endif
 
-#ifndef MODULE
-#define MODULE
-#ifdef __GNUC__
-#define FN static inline __attribute__((always_inline)) TARGET
-#define NOINLINE static __attribute__((noinline)) TARGET
-#define PREFETCH(address) __builtin_prefetch(address)
-#else
-#define FN static __forceinline
-#define NOINLINE static
-#define PREFETCH(address) (void)(address)
-#define restrict __restrict
-#endif
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(BASELINE) /* its lanes, for tests */
-#define DISPATCH
-#define ISA avx512
-#define LANES 16
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-#include "_rows.c"
-#define ISA avx2
-#define LANES 8
-#define TARGET __attribute__((target("avx2,fma")))
-#include "_rows.c"
-#endif
-#define ISA baseline
-#ifdef BASELINE
-#define LANES BASELINE
-#elif defined(__GNUC__)
-#define LANES 4
-#else
-#define LANES 1
-#endif
-#define TARGET
-#include "_rows.c"
+typedef void Work(int64_t begin, int64_t end, void *job);
+typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, Work *work, void *job);
 
-typedef void Work(int64_t begin, int64_t end, void *context);
-typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, Work *work, void *context);
-static Work *chosen = tiles_baseline;
+static void baseline(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 8); }
+#if defined(__x86_64__) && defined(__GNUC__)
+__attribute__((target("avx2,fma"))) static void avx2(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 8); }
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
+static void avx512(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 16); }
 
-/* From an address, strides in elements of (B, C, R) or (B, R), and a dtype. */
-static Tensor tensor_of(PyObject *const *arguments)
+static Work *chosen(void)
 {
-    Tensor tensor = {PyLong_AsVoidPtr(arguments[0]), 0, 0, 0, (int)PyLong_AsLong(arguments[2])};
-    const Py_ssize_t dimensions = PyTuple_Size(arguments[1]);
-    int64_t *strides[] = {&tensor.batch, dimensions == 3 ? &tensor.class_ : &tensor.row, &tensor.row};
-    for (Py_ssize_t i = 0; i < dimensions; i++)
-        *strides[i] = PyLong_AsLongLong(PyTuple_GetItem(arguments[1], i)) * SIZE[tensor.dtype];
-    return tensor;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return avx512;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : baseline;
 }
+#else
+static Work *chosen(void) { return baseline; }
+#endif
 
 /* How many rows count in the mean, or -1 with an exception. */
 static int64_t count(const Job *job)
 {
     int64_t kept = 0;
-    for (int64_t b = 0; b < job->batches; b++)
-        for (int64_t r = 0; r < job->rows; r++) {
-            if (!is_kept(job, b, r))
-                continue;
-            kept++;
-            if (job->target.dtype == INT64 && (uint64_t)label_of(job, b, r) >= (uint64_t)job->classes) {
-                PyErr_Format(PyExc_IndexError,
-                             "target must hold class indices in [0, %lld) or ignore_index (%lld), got %lld",
-                             (long long)job->classes, (long long)job->ignore_index, (long long)label_of(job, b, r));
-                return -1;
-            }
+    for (int64_t row = 0; row < job->batches * job->rows; row++) {
+        const long long label = label_of(job, row), classes = job->classes;
+        if (label == job->ignore_index)
+            continue;
+        kept++;
+        if (label < 0 || label >= classes) {
+            PyErr_Format(PyExc_IndexError, "target must hold class indices in [0, %lld) or ignore_index (%lld), got %lld",
+                         classes, job->ignore_index, label);
+            return -1;
         }
+    }
     return kept;
 }
 
-static PyObject *run(PyObject *module, PyObject *const *arguments, Py_ssize_t size)
+static PyObject *run(PyObject *module, PyObject *arguments)
 {
-    if (size != 23)
-        return PyErr_Format(PyExc_TypeError, "run takes 23 arguments, got %zd", size);
-    ParallelFor *parallel_for = (ParallelFor *)PyLong_AsVoidPtr(arguments[0]);
-    Job job;
-    memset(&job, 0, sizeof job);
-    job.batches = PyLong_AsLongLong(arguments[16]), job.classes = PyLong_AsLongLong(arguments[17]);
-    job.rows = PyLong_AsLongLong(arguments[18]);
-    job.student = tensor_of(arguments + 1), job.teacher = tensor_of(arguments + 4), job.target = tensor_of(arguments + 7);
-    job.upstream = tensor_of(arguments + 10), job.gradient = tensor_of(arguments + 13);
-    double option[4];
-    for (int i = 0; i < 4; i++)
-        option[i] = PyFloat_AsDouble(PyTuple_GetItem(arguments[19], i));
-    job.temperature = (float)option[0], job.soft_weight = (float)(option[1] * option[0]);
-    job.hard_weight = (float)option[2], job.smoothing = (float)option[3];
-    job.ignore_index = PyLong_AsLongLong(PyTuple_GetItem(arguments[19], 4));
-    const int mean = PyObject_IsTrue(arguments[20]);
-    float *loss = PyLong_AsVoidPtr(arguments[22]); /* NULL: terms are asked for */
-    job.out = PyLong_AsVoidPtr(arguments[21]), job.terms = !loss;
-    const int64_t kept = PyErr_Occurred() ? -1 : count(&job);
+    Job job = {0};
+    Logits *s = &job.student, *t = &job.teacher, *g = &job.gradient;
+    Py_ssize_t address;
+    double temperature, alpha, hard_weight, smoothing;
+    const char *reduction;
+    (void)module;
+    if (!PyArg_ParseTuple(arguments, "n(nnn)n(nnn)in(nnn)in(nnn)innnn(ddddLs)", &address, &job.batches, &job.classes, &job.rows,
+                          &s->address, &s->batch, &s->class_, &s->row, &s->dtype,
+                          &t->address, &t->batch, &t->class_, &t->row, &t->dtype,
+                          &g->address, &g->batch, &g->class_, &g->row, &g->dtype,
+                          &job.target, &job.upstream, &job.out, &job.loss,
+                          &temperature, &alpha, &hard_weight, &smoothing, &job.ignore_index, &reduction))
+        return NULL;
+    const int64_t kept = count(&job);
     if (kept < 0)
         return NULL;
-    job.scale = mean ? (float)(1.0 / (double)kept) : 1;
+    job.terms = !strcmp(reduction, "terms");
+    const double over = strcmp(reduction, "mean") ? 1 : 1.0 / (double)kept;
+    job.temperature = (float)temperature, job.soft_weight = (float)(alpha * temperature);
+    job.hard_weight = (float)hard_weight, job.smoothing = (float)smoothing, job.scale = (float)over;
 
-    job.pixels = job.rows > 1 && job.student.row == SIZE[job.student.dtype] && job.student.class_ != job.student.row;
-    job.tile = job.pixels ? PIXELS_LOGITS / job.classes / ROWS * ROWS : ROWS_LOGITS / job.classes;
-    const int64_t least = job.pixels ? ROWS : 1, most = job.pixels ? PIXELS : ROWS;
+    job.pixels = job.rows > 1 && s->row == 1 && s->class_ != 1;
+    job.tile = job.pixels ? PIXELS_LOGITS / job.classes / LANES * LANES : ROWS_LOGITS / job.classes;
+    const int64_t least = job.pixels ? LANES : 1, most = job.pixels ? PIXELS : LANES;
     job.tile = job.tile < least ? least : job.tile > most ? most : job.tile;
     const int64_t number = (job.rows + job.tile - 1) / job.tile * job.batches, grain = GRAIN / (job.tile * job.classes) + 1;
+    ParallelFor *parallel_for = (ParallelFor *)address;
     Py_BEGIN_ALLOW_THREADS
     if (parallel_for && number > grain)
-        parallel_for(0, number, grain, chosen, &job);
+        parallel_for(0, number, grain, chosen(), &job);
     else
-        chosen(0, number, &job);
+        chosen()(0, number, &job);
     Py_END_ALLOW_THREADS
     if (job.out_of_memory)
         return PyErr_NoMemory();
 
+    const float *out = (float *)job.out;
     double sum = 0;
     long long odd = 0;
-    for (int64_t i = 0; i < job.batches * job.rows; i++)
-        sum += job.out[i], odd += job.out[i] != job.out[i];
-    if (loss)
-        *loss = (float)(mean ? sum / (double)kept : sum);
-    (void)module;
+    for (int64_t row = 0; row < job.batches * job.rows; row++)
+        sum += out[row], odd += out[row] != out[row];
+    if (job.loss && job.loss != job.out)
+        *(float *)job.loss = (float)(sum * over);
     return Py_BuildValue("LL", odd, (long long)kept);
 }
 
-static PyMethodDef methods[] = {{"run", (PyCFunction)(void (*)(void))run, METH_FASTCALL, NULL}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {{"run", run, METH_VARARGS, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_rows", NULL, 0, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__rows(void)
 {
-#ifdef DISPATCH
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        chosen = tiles_avx512;
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        chosen = tiles_avx2;
-#endif
     return PyModule_Create(&definition);
 }
-#endif
