@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests of the loop over rows under the address and the undefined-behaviour sanitizer. Takes the Python to use as PYTHON; writes to a temporary folder alone.
+# Runs the tests of the loop over rows under the address and the undefined-behaviour sanitizer. Takes the Python to use
+# as PYTHON; writes to a temporary folder alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -27,10 +27,9 @@
 #define EACH_LANE _Pragma("omp simd") for (int l = 0; l < lanes; l++)
 #define PREFETCH(address) __builtin_prefetch(address)
 #else
-#define FN static __forceinline
+#define FN static inline
 #define EACH_LANE for (int l = 0; l < lanes; l++)
 #define PREFETCH(address) (void)(address)
-#define restrict __restrict
 #endif
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
@@ -54,8 +53,8 @@ typedef struct {
 
 typedef struct {
     float *x[2], *e; /* logits, then exp(z / T), of both sets; the student's exp(z) where T is neither 1 nor 2 */
-    int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far each is in memory */
-    int32_t first[LANES], next; /* classes of the first step, and how many classes a step is */
+    int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far apart they are */
+    int32_t first[LANES], next; /* the lanes' classes in the first step, and how many classes a step is */
     int pixels;
 } Tile;
 
@@ -78,34 +77,27 @@ FN float load(const char *from, const int dtype)
 {
     float number;
     uint16_t half;
-    if (dtype == FLOAT32) {
-        memcpy(&number, from, sizeof number);
+    memcpy(dtype == FLOAT32 ? (void *)&number : &half, from, SIZE[dtype]);
+    if (dtype == FLOAT32)
         return number;
-    }
-    memcpy(&half, from, sizeof half);
     if (dtype == BFLOAT16)
         return value((int32_t)((uint32_t)half << 16));
-    const int32_t special = -((half & 0x7c00) == 0x7c00) & 0x7f800000, sign = (int32_t)((uint32_t)(half & 0x8000) << 16);
+    const int32_t special = -((half & 0x7c00) == 0x7c00) & 0x7f800000, sign = (int32_t)((half & 0x8000u) << 16);
     return value(bits(value((half & 0x7fff) << 13) * 0x1p112f) | special | sign);
 }
 
 /* Rounds to the nearest, ties to even. */
 FN void store(char *to, float number, const int dtype)
 {
-    const int32_t i = bits(number), size = i & 0x7fffffff;
-    uint16_t half;
-    if (dtype == FLOAT32) {
+    const int32_t i = bits(number), size = i & 0x7fffffff, tiny = bits(value(size) + 0.5f) - 0x3f000000;
+    const int32_t normal = (size - 0x37fff001 + ((size >> 13) & 1)) >> 13;
+    const int32_t finite = choose_int(size < 0x38800000, tiny, normal), special = size > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint16_t float16 = (uint16_t)(((i >> 16) & 0x8000) | choose_int(size >= 0x47800000, special, finite));
+    const uint16_t bfloat16 = (uint16_t)(((uint32_t)i + 0x7fff + ((i >> 16) & 1)) >> 16);
+    if (dtype == FLOAT32)
         memcpy(to, &number, sizeof number);
-        return;
-    }
-    if (dtype == BFLOAT16) {
-        half = (uint16_t)(((uint32_t)i + 0x7fff + ((i >> 16) & 1)) >> 16);
-    } else {
-        const int32_t normal = (size - 0x37fff001 + ((size >> 13) & 1)) >> 13, tiny = bits(value(size) + 0.5f) - 0x3f000000;
-        const int32_t special = (-(size > 0x7f800000) & 0x200) | 0x7c00, finite = choose_int(size < 0x38800000, tiny, normal);
-        half = (uint16_t)(((i >> 16) & 0x8000) | choose_int(size >= 0x47800000, special, finite));
-    }
-    memcpy(to, &half, sizeof half);
+    else
+        memcpy(to, dtype == BFLOAT16 ? &bfloat16 : &float16, sizeof float16);
 }
 
 /* exp(x) - minus for x <= 0, as 2^n (1 + r + r^2 P(r)) to about 1 ulp; 0 where exp(x) would not be a normal number. */
@@ -130,7 +122,8 @@ FN float log1p_(float x)
     const float n = (float)(i >> 23), f = value((i & 0x7fffff) + 0x3f3504f3) - 1.0f;
     const float s = f / (f + 2.0f), z = s * s, w = z * z, half_square = f * f * 0.5f;
     const float polynomial = z * (w * 0.28498787f + 0.66666663f) + w * (w * 0.24279079f + 0.40000972f);
-    return s * (half_square + polynomial) + (n * 9.0580006e-06f + (x - (u - 1.0f)) / u) - half_square + f + n * 0.69313812f;
+    const float low = n * 9.0580006e-06f + (x - (u - 1.0f)) / u;
+    return s * (half_square + polynomial) + low - half_square + f + n * 0.69313812f;
 }
 
 /* The maximum of a row and its class, in all lanes; where lanes lie on rows, of every lane's row. */
@@ -168,7 +161,7 @@ FN Element element(float z, float temperature, const int kind)
  * `kind` is the temperature where one exponential makes both, else 0. */
 FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int j, const int kind, const int lanes)
 {
-    float *restrict student = tile->x[0] + at, *restrict teacher = tile->x[1] + at, *restrict e_out = tile->e + at;
+    float *__restrict student = tile->x[0] + at, *__restrict teacher = tile->x[1] + at, *__restrict e = tile->e + at;
     const int32_t classes = (int32_t)job->classes;
     float peak[2][LANES];
     int32_t leader[2][LANES];
@@ -185,14 +178,14 @@ FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int
             EACH_LANE {
                 const int64_t here = k * tile->step + l;
                 const int32_t c = tile->first[l] + (int32_t)k * tile->next;
-                const int other = c != leader[0][l], teacher_other = c != leader[1][l];
+                const int s_other = c != leader[0][l], t_other = c != leader[1][l];
                 const Element s = element(student[here] - peak[0][l], job->temperature, kind);
                 const Element t = element(teacher[here] - peak[1][l], job->temperature, kind);
                 student[here] = s.soft, teacher[here] = t.soft;
                 if (!kind)
-                    e_out[here] = s.e;
-                sum[REST][l] += where(other, s.e), sum[SOFT_REST][l] += where(other, s.soft);
-                sum[TEACHER_REST][l] += where(teacher_other, t.e), sum[TEACHER_SOFT_REST][l] += where(teacher_other, t.soft);
+                    e[here] = s.e;
+                sum[REST][l] += where(s_other, s.e), sum[SOFT_REST][l] += where(s_other, s.soft);
+                sum[TEACHER_REST][l] += where(t_other, t.e), sum[TEACHER_SOFT_REST][l] += where(t_other, t.soft);
                 sum[DOT][l] += t.soft * s.z, sum[Z_SUM][l] += where(c < classes, s.z);
             }
         for (int i = 0; i < SUMS; i++)
@@ -243,8 +236,8 @@ FN void combine(const Job *job, Rows *rows, float results[4][LANES], const int l
 /* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for leader and label. */
 FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const int kind, const int lanes)
 {
-    float *restrict student = tile->x[0] + at, scale[SCALES][LANES];
-    const float *restrict teacher = tile->x[1] + at, *restrict e_in = tile->e + at;
+    float *__restrict student = tile->x[0] + at, scale[SCALES][LANES];
+    const float *__restrict teacher = tile->x[1] + at, *__restrict e_in = tile->e + at;
     int32_t kept[LANES];
     EACH_LANE kept[l] = rows->label[tile->pixels ? l : j] >= 0;
     for (int i = 0; i < SCALES; i++)
@@ -254,7 +247,8 @@ FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const in
             const int64_t here = k * tile->step + l;
             const float soft = student[here], e = kind == 1 ? soft : kind == 2 ? soft * soft : e_in[here];
             const float hard = scale[HARD_SCALE][l] * e - scale[UNIFORM][l];
-            student[here] = where(kept[l], hard + scale[SOFT_SCALE][l] * (soft - scale[TEACHER_RATIO][l] * teacher[here]));
+            const float difference = soft - scale[TEACHER_RATIO][l] * teacher[here];
+            student[here] = where(kept[l], hard + scale[SOFT_SCALE][l] * difference);
         }
 }
 
@@ -283,8 +277,8 @@ FN int64_t label_of(const Job *job, int64_t row)
     return label;
 }
 
-/* Loss (or terms) and gradient of `n` rows, at most one a lane, at `at` of the tile; `row` counts from the tensors' first. */
-FN void rows_of(const Job *job, const Tile *tile, int64_t at, Rows *rows, int64_t row, int n, const int kind, const int lanes)
+/* Loss (or terms) and gradient of `n` rows, at most one a lane, at `at` of the tile; the first is `row` of all. */
+FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t row, int n, Rows *rows, const int kind, int lanes)
 {
     const int runs = tile->pixels ? 1 : n;
     float results[4][LANES];
@@ -311,6 +305,7 @@ FN void rows_of(const Job *job, const Tile *tile, int64_t at, Rows *rows, int64_
             gradient_at(job, tile, at, rows, j);
 }
 
+/* Between a line of a tensor and one of a tile. */
 FN void line(char *data, int64_t stride, float *floats, int64_t length, const int dtype, const int out)
 {
     for (int64_t i = 0; i < length; i++)
@@ -320,82 +315,74 @@ FN void line(char *data, int64_t stride, float *floats, int64_t length, const in
             floats[i] = load(data + i * stride, dtype);
 }
 
-/* Between a tensor and its tile, a line at a time: the classes of one row, or the pixels of one class. */
-FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t n, const Tile *tile, float *floats, const int out)
+/* Between a tensor and set `i` of a tile, by lines: the classes of one row, or the pixels of one class. */
+FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t n, Tile *tile, int i, const int out)
 {
-    const int size = SIZE[logits->dtype], pixels = job->pixels;
+    const int size = SIZE[logits->dtype], pixels = tile->pixels;
     const int64_t lines = pixels ? job->classes : n, length = pixels ? n : job->classes;
-    const int64_t far = size * (pixels ? logits->class_ : logits->row), near = size * (pixels ? logits->row : logits->class_);
+    const int64_t far = size * (pixels ? logits->class_ : logits->row);
+    const int64_t near = size * (pixels ? logits->row : logits->class_);
     const int64_t pitch = pixels ? tile->class_pitch : tile->row_pitch;
-    char *data = (char *)logits->address + size * (b * logits->batch + r * logits->row);
+    char *data = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
+    float *floats = tile->x[i];
     for (int64_t j = 0; j < lines; j++, data += far, floats += pitch) {
         if (!out && !pixels && label_of(job, b * job->rows + r + j) == job->ignore_index)
             continue;
-        for (int64_t i = 0; pixels && !out && i < length * near; i += 64)
-            PREFETCH(data + length * near + i); /* the next tile: too many streams for the processor to foresee */
-#define CASE(dtype) \
-    case dtype: near == SIZE[dtype] ? line(data, SIZE[dtype], floats, length, dtype, out) \
-                                    : line(data, near, floats, length, dtype, out); break;
-        switch (logits->dtype) { CASE(FLOAT32) CASE(BFLOAT16) CASE(FLOAT16) }
-#undef CASE
-        for (int64_t i = length; !out && !pixels && i < pitch; i++)
-            floats[i] = -FLT_MAX; /* lanes beyond the last class: no maximum, and exp is 0 */
+        for (int64_t k = 0; pixels && !out && k < length * near; k += 64)
+            PREFETCH(data + length * near + k); /* the next tile: too many streams for the processor to foresee */
+#define LINE(dtype) (near == SIZE[dtype] ? line(data, SIZE[dtype], floats, length, dtype, out) \
+                                        : line(data, near, floats, length, dtype, out))
+        logits->dtype == FLOAT32 ? LINE(FLOAT32) : logits->dtype == BFLOAT16 ? LINE(BFLOAT16) : LINE(FLOAT16);
+        for (int64_t k = length; !out && !pixels && k < pitch; k++)
+            floats[k] = -FLT_MAX; /* lanes beyond the last class: no maximum, and exp is 0 */
     }
 }
 
 FN void tiles(int64_t begin, int64_t end, Job *job, const int lanes)
 {
     const int64_t row = job->pixels ? job->tile : (job->classes + lanes - 1) / lanes * lanes;
-    const int64_t logits = row * (job->pixels ? job->classes : job->tile), in_batch = (job->rows + job->tile - 1) / job->tile;
+    const int64_t logits = row * (job->pixels ? job->classes : job->tile);
+    const int64_t in_batch = (job->rows + job->tile - 1) / job->tile;
     const int kind = job->temperature == 1 ? 1 : job->temperature == 2 ? 2 : 0;
-    float *scratch = malloc((kind ? 2 : 3) * logits * sizeof(float));
-    if (!scratch) {
+    float *x = malloc((kind ? 2 : 3) * logits * sizeof(float));
+    Tile tile = {{x, x + logits}, x + 2 * logits, row, 1, row / lanes, lanes, {0}, lanes, job->pixels};
+    Rows rows = {0};
+    if (!x) {
         job->out_of_memory = 1;
         return;
     }
-    Tile tile = {{scratch, scratch + logits}, scratch + 2 * logits, row, 1, row / lanes, lanes, {0}, lanes, job->pixels};
     for (int l = 0; l < lanes; l++)
         tile.first[l] = job->pixels ? 0 : l;
     if (job->pixels)
         tile.row_pitch = tile.next = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
-    Rows rows = {0};
     for (; begin < end; begin++) {
         const int64_t b = begin / in_batch, r = begin % in_batch * job->tile;
         const int64_t n = job->rows - r < job->tile ? job->rows - r : job->tile;
-        copy(job, &job->student, b, r, n, &tile, tile.x[0], 0);
-        copy(job, &job->teacher, b, r, n, &tile, tile.x[1], 0);
+        copy(job, &job->student, b, r, n, &tile, 0, 0);
+        copy(job, &job->teacher, b, r, n, &tile, 1, 0);
         for (int64_t i = 0; i < n; i += lanes) {
-            const int64_t at = i * tile.row_pitch, row = b * job->rows + r + i;
+            const int64_t at = i * tile.row_pitch, first = b * job->rows + r + i;
             const int left = n - i < lanes ? (int)(n - i) : lanes;
-            switch (kind) {
-            case 0: rows_of(job, &tile, at, &rows, row, left, 0, lanes); break;
-            case 1: rows_of(job, &tile, at, &rows, row, left, 1, lanes); break;
-            case 2: rows_of(job, &tile, at, &rows, row, left, 2, lanes); break;
-            }
+            kind == 1   ? rows_of(job, &tile, at, first, left, &rows, 1, lanes)
+            : kind == 2 ? rows_of(job, &tile, at, first, left, &rows, 2, lanes)
+                        : rows_of(job, &tile, at, first, left, &rows, 0, lanes);
         }
         if (job->gradient.address)
-            copy(job, &job->gradient, b, r, n, &tile, tile.x[0], 1);
+            copy(job, &job->gradient, b, r, n, &tile, 0, 1);
     }
-    free(scratch);
+    free(x);
 }
 
 typedef void Work(int64_t begin, int64_t end, void *job);
 typedef int32_t ParallelFor(int64_t begin, int64_t end, int64_t grain, Work *work, void *job);
 
 static void baseline(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 8); }
+static Work *chosen = baseline;
 #if defined(__x86_64__) && defined(__GNUC__)
-__attribute__((target("avx2,fma"))) static void avx2(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 8); }
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")))
-static void avx512(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 16); }
-
-static Work *chosen(void)
-{
-    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : baseline;
-}
-#else
-static Work *chosen(void) { return baseline; }
+#define TARGET(features) __attribute__((target(features))) static void
+TARGET("avx2,fma") avx2(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 8); }
+TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+avx512(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 16); }
 #endif
 
 /* How many rows count in the mean, or -1 with an exception. */
@@ -403,13 +390,11 @@ static int64_t count(const Job *job)
 {
     int64_t kept = 0;
     for (int64_t row = 0; row < job->batches * job->rows; row++) {
-        const long long label = label_of(job, row), classes = job->classes;
-        if (label == job->ignore_index)
-            continue;
-        kept++;
-        if (label < 0 || label >= classes) {
-            PyErr_Format(PyExc_IndexError, "target must hold class indices in [0, %lld) or ignore_index (%lld), got %lld",
-                         classes, job->ignore_index, label);
+        const long long label = label_of(job, row), classes = job->classes, ignored = job->ignore_index;
+        kept += label != ignored;
+        if (label != ignored && (label < 0 || label >= classes)) {
+            const char *message = "target must hold class indices in [0, %lld) or ignore_index (%lld), got %lld";
+            PyErr_Format(PyExc_IndexError, message, classes, ignored, label);
             return -1;
         }
     }
@@ -424,7 +409,8 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     double temperature, alpha, hard_weight, smoothing;
     const char *reduction;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "n(nnn)n(nnn)in(nnn)in(nnn)innnn(ddddLs)", &address, &job.batches, &job.classes, &job.rows,
+    if (!PyArg_ParseTuple(arguments, "n(nnn)n(nnn)in(nnn)in(nnn)innnn(ddddLs)",
+                          &address, &job.batches, &job.classes, &job.rows,
                           &s->address, &s->batch, &s->class_, &s->row, &s->dtype,
                           &t->address, &t->batch, &t->class_, &t->row, &t->dtype,
                           &g->address, &g->batch, &g->class_, &g->row, &g->dtype,
@@ -443,13 +429,14 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     job.tile = job.pixels ? PIXELS_LOGITS / job.classes / LANES * LANES : ROWS_LOGITS / job.classes;
     const int64_t least = job.pixels ? LANES : 1, most = job.pixels ? PIXELS : LANES;
     job.tile = job.tile < least ? least : job.tile > most ? most : job.tile;
-    const int64_t number = (job.rows + job.tile - 1) / job.tile * job.batches, grain = GRAIN / (job.tile * job.classes) + 1;
+    const int64_t number = (job.rows + job.tile - 1) / job.tile * job.batches;
+    const int64_t grain = GRAIN / (job.tile * job.classes) + 1;
     ParallelFor *parallel_for = (ParallelFor *)address;
     Py_BEGIN_ALLOW_THREADS
     if (parallel_for && number > grain)
-        parallel_for(0, number, grain, chosen(), &job);
+        parallel_for(0, number, grain, chosen, &job);
     else
-        chosen()(0, number, &job);
+        chosen(0, number, &job);
     Py_END_ALLOW_THREADS
     if (job.out_of_memory)
         return PyErr_NoMemory();
@@ -469,5 +456,11 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_rows", NULL, 0,
 
 PyMODINIT_FUNC PyInit__rows(void)
 {
+#ifdef TARGET
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        chosen = avx2;
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        chosen = avx512;
+#endif
     return PyModule_Create(&definition);
 }
