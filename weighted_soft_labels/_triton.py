@@ -7,8 +7,8 @@ Logits are seen as (batch, classes, rows) with any strides, so (N, C), (N, C, d1
     combine     cross-entropies, weight, loss: one number a row
     gradient    one number a class
 
-Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. A target of probabilities has
-no label; there the classes at the maximum are left out and counted.
+Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. Of a target of probabilities,
+the class with the most mass is the label.
 
 Classes lie in a tile [K, ROWS, LANES, VECTOR]: LANES threads share a row; each takes VECTOR neighbours at a time, 16
 bytes where the layout allows, and K times that, 32 classes at most. So few threads compute what is computed once a row.
@@ -22,7 +22,6 @@ Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the h
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,6 +44,7 @@ class Plan(NamedTuple):
 
     CLASSES: tl.constexpr
     K: tl.constexpr
+    ROWS: tl.constexpr
     LANES: tl.constexpr
     VECTOR: tl.constexpr
     TILE: tl.constexpr  # K * LANES * VECTOR classes at a time
@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
     PIXELS: tl.constexpr
+    COUNT: tl.constexpr
 
 
 class Settings(NamedTuple):
@@ -65,14 +66,12 @@ class Settings(NamedTuple):
 class Place(NamedTuple):
     """A program's rows and what the target says of them, [ROWS]."""
 
-    batch: tl.tensor
-    row: tl.tensor
     index: tl.tensor  # in (B, R)
     size: tl.tensor  # B * R
     exists: tl.tensor
-    label: tl.tensor
-    inside: tl.tensor  # whether the label names a class
     kept: tl.tensor  # not ignored: of other rows no logits are read
+    label: tl.tensor  # -1 for an index that names no class
+    q: tl.tensor  # its mass
 
 
 class Logits(NamedTuple):
@@ -86,10 +85,9 @@ class Row(NamedTuple):
     """What is known of one set of logits: of rows, [ROWS], or of what one thread has seen of them, [ROWS, LANES]."""
 
     peak: tl.tensor  # maximum, where z is 0
-    others: tl.tensor  # sum of exp(z) without the label; for probabilities, without classes at the maximum
+    others: tl.tensor  # sum of exp(z) without the label
     soft_others: tl.tensor  # the same of exp(z / T)
-    ties: tl.tensor  # for probabilities: how many classes are at the maximum
-    qz: tl.tensor  # for probabilities: sum of q * z
+    qz: tl.tensor  # for probabilities: sum of q * z without the label
 
 
 class Sums(NamedTuple):
@@ -98,7 +96,7 @@ class Sums(NamedTuple):
     dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
     z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
     taken: tl.tensor  # for label smoothing: of how many classes
-    mass: tl.tensor  # for probabilities: sum of q
+    mass: tl.tensor  # for probabilities: sum of q without the label
 
 
 class Statistics(NamedTuple):
@@ -110,7 +108,7 @@ class Statistics(NamedTuple):
 class Total(NamedTuple):
     """What the loss needs to know of one set of logits, [ROWS]."""
 
-    z: tl.tensor  # at the label; for probabilities, at the maximum
+    z: tl.tensor  # at the label
     e: tl.tensor  # exp(z) and exp(z / T) there
     soft: tl.tensor
     rest: tl.tensor  # Z - 1
@@ -125,10 +123,8 @@ class Scales(NamedTuple):
     soft: tl.tensor  # of the student's exp(z / T)
     ratio: tl.tensor  # of the teacher's, relative to that
     uniform: tl.tensor  # what label smoothing takes off every class
-    at_label: tl.tensor  # the whole gradient there
     q: tl.tensor  # for probabilities: of q
-    hard_peak: tl.tensor  # for probabilities: of the hard and the soft term at a maximum
-    soft_peak: tl.tensor
+    at_label: tl.tensor  # the whole gradient there
 
 
 # --- arithmetic. Numbers stand where they are used: globals would be compared with what they were at every launch ---
@@ -185,11 +181,6 @@ def _most(x):
 
 
 @triton.jit
-def _over_lanes(peak):
-    return tl.max(peak, axis=1, keep_dims=True)
-
-
-@triton.jit
 def _product(mass, value):
     """mass * value, where no mass times an infinite value is 0."""
     return mass * tl.where(mass == 0, 0.0, value)
@@ -212,26 +203,8 @@ def _aligned(x, UNIT: tl.constexpr):
 
 
 @triton.jit
-def _place(
-    target, b, r, rows, ignore_index, CLASSES: tl.constexpr, ROWS: tl.constexpr, PROBABILITIES: tl.constexpr
-):  # fmt: skip
-    blocks = tl.cdiv(rows, ROWS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
-    label, kept = row * 0, exists
-    if not PROBABILITIES:
-        label = tl.load(target + batch * b + row * r, exists, other=0).to(tl.int64)
-        kept = exists & (label != ignore_index)
-    inside = (label >= 0) & (label < CLASSES)
-    label = tl.where(inside, label, 0).to(tl.int32)
-    size = tl.num_programs(0) // blocks * rows.to(tl.int64)
-    return Place(batch, row, batch * rows + row, size, exists, label, inside, kept)
-
-
-@triton.jit
-def _logits(pointer, place, b, c, r, VECTOR: tl.constexpr):
-    return Logits(pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR)), c)
+def _logits(pointer, strides, batch, row, UNIT: tl.constexpr):
+    return Logits(pointer + (batch * _aligned(strides[0], UNIT) + row * _aligned(strides[2], UNIT)), strides[1])
 
 
 @triton.jit
@@ -258,242 +231,38 @@ def _load(logits, columns, mask, plan: tl.constexpr):
     return tl.load(_address(logits, columns, plan), mask).to(tl.float32)
 
 
-# --- statistics ---
+# --- the target ---
 
 
 @triton.jit
-def _z(x, taken, peak):
-    return tl.where(taken, x - _tile(_finite(peak)), float("-inf"))
-
-
-@triton.jit
-def _row(x, q, others, peak, inverse, plan: tl.constexpr):
-    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
-    z = _z(x, others, peak)
-    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-    if plan.PROBABILITIES:
-        below = tl.where(z == 0, 0.0, e), tl.where(z == 0, 0.0, soft)
-        row = Row(peak, _sum(below[0]), _sum(below[1]), _sum(tl.where(z == 0, 1.0, 0.0)), _sum(_product(q, z)))
-    else:
-        row = Row(peak, _sum(e), _sum(soft), tl.zeros_like(peak), tl.zeros_like(peak))
-    return z, soft, row
-
-
-@triton.jit
-def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.constexpr):
-    """z of both sets of logits for one tile of classes, and the statistics of each thread.
-
-    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and saw: `peaks`.
-    """
-    lane, step = _columns(start, plan)
-    columns = lane + step
-    mask = _tile(place.kept) & (columns < plan.CLASSES)
-    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
-    student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
-    teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
-    if plan.TILE >= plan.CLASSES:
-        student_peak, teacher_peak = _over_lanes(student_peak), _over_lanes(teacher_peak)
-    else:
-        student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
-    if plan.PROBABILITIES:
-        others, q = mask, tl.where(mask, _load(target, columns, mask, plan), 0.0)
-    else:
-        others, q = mask & (_tile(place.label) - lane != step), s  # in one comparison with a constant
-    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
-    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
-    dot = _sum(_product(soft, student_z))
-    z_sum, taken, mass = tl.zeros_like(dot), tl.zeros_like(dot), tl.zeros_like(dot)
-    if plan.SMOOTHING:
-        z_sum, taken = _sum(tl.where(others, student_z, 0.0)), _sum(tl.where(others, 1.0, 0.0))
-    if plan.PROBABILITIES:
-        mass = _sum(q)
-    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
-    return student_z, teacher_z, student_row, teacher_row, Sums(dot, z_sum, taken, mass)
-
-
-@triton.jit
-def _join_row(a, b, mass, inverse, plan: tl.constexpr):
-    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
-    move = _finite(b.peak) - _finite(a.peak)
-    factor, soft_factor = _exponentials(a.peak - _finite(b.peak), inverse, plan.TEMPERATURE)
-    ties = tl.where(a.peak < b.peak, a.ties, 0.0)  # of an old maximum, now classes like any other
-    others, soft_others = (a.others + ties) * factor + b.others, (a.soft_others + ties) * soft_factor + b.soft_others
-    return Row(b.peak, others, soft_others, a.ties - ties + b.ties, a.qz - mass * move + b.qz), move, soft_factor
-
-
-@triton.jit
-def _join(a, b, inverse, plan: tl.constexpr):
-    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
-    x, y = a.sums, b.sums
-    student, move, _ = _join_row(a.student, b.student, x.mass, inverse, plan)
-    teacher, _, factor = _join_row(a.teacher, b.teacher, x.mass, inverse, plan)
-    dot = x.dot - (a.teacher.soft_others + a.teacher.ties) * move
-    # Nothing is left of an infinite sum that has no weight any more.
-    dot = tl.where(factor == 0, 0.0, dot * factor) + y.dot
-    sums = Sums(dot, x.z_sum - x.taken * move + y.z_sum, x.taken + y.taken, x.mass + y.mass)
-    return Statistics(student, teacher, sums)
-
-
-@triton.jit
-def _nothing(student_peak, teacher_peak):
-    """Statistics of no class."""
-    zero = tl.zeros_like(student_peak)
-    student, teacher = Row(student_peak, zero, zero, zero, zero), Row(teacher_peak, zero, zero, zero, zero)
-    return Statistics(student, teacher, Sums(zero, zero, zero, zero))
-
-
-@triton.jit
-def _across(known):
-    """Statistics of rows from those of the threads that share them and their maxima."""
-    s, t = known.student, known.teacher
-    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.ties, 1), tl.sum(s.qz, 1))
-    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.ties, 1), tl.sum(t.qz, 1))
-    x = known.sums
-    return Statistics(s, t, Sums(tl.sum(x.dot, 1), tl.sum(x.z_sum, 1), tl.sum(x.taken, 1), tl.sum(x.mass, 1)))
-
-
-@triton.jit
-def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
-    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
-    least = tl.zeros([place.row.shape[0], plan.LANES], tl.float32) - float("inf")
-    known = _nothing(least, least)
+def _leader(target, exists, plan: tl.constexpr):
+    """The class to which a target of probabilities gives the most, [ROWS], and how much that is."""
+    label, most = tl.zeros([plan.ROWS], tl.int32), tl.zeros([plan.ROWS], tl.float32) - float("inf")
     for start in range(0, plan.CLASSES, plan.TILE):
-        peaks = known.student.peak, known.teacher.peak
-        _s, _t, s, t, sums = _block(student, teacher, target, start, place, peaks, inverse, plan)
-        known = _join(known, Statistics(s, t, sums), inverse, plan)
-    zero = tl.zeros_like(least)
-    end = _nothing(_over_lanes(known.student.peak) + zero, _over_lanes(known.teacher.peak) + zero)
-    return _across(_join(known, end, inverse, plan))
-
-
-# --- combine ---
+        lane, step = _columns(start, plan)
+        mask = _tile(exists) & (lane + step < plan.CLASSES)
+        q = tl.where(mask, _load(target, lane + step, mask, plan), float("-inf"))
+        peak = tl.max(_most(q), axis=1)
+        first = tl.max(_most(tl.where(q == _tile(peak), lane + step, 0)), axis=1)
+        label, most = tl.where(peak > most, first, label), tl.maximum(peak, most)
+    return label, most
 
 
 @triton.jit
-def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
+def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
+    exists = row < rows
     if plan.PROBABILITIES:
-        z = tl.zeros_like(row.peak)
-        rest, soft_rest = row.others + (row.ties - 1), row.soft_others + (row.ties - 1)
-        return Total(z, z + 1, z + 1, rest, soft_rest, mass * _log1p(rest) - row.qz)
+        kept = exists
+        label, q = _leader(target, exists, plan)
     else:
-        x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, place.kept, other=0.0).to(tl.float32)
-        # An index that names no class may not be followed: its element is NaN.
-        z = tl.where(place.kept, tl.where(place.inside, x - _finite(row.peak), float("nan")), 0.0)
-        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-        # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-        rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
-        return Total(z, e, soft, rest, soft_rest, _log1p(rest) - z)
-
-
-@triton.jit
-def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
-    """Weight, soft term and loss of every row."""
-    if not plan.PROBABILITIES:
-        dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
-    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
-    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
-    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
-    hard = student.ce
-    if plan.SMOOTHING:
-        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
-        hard = (1 - settings.smoothing) * hard + settings.smoothing * uniform
-        hard = tl.where(settings.smoothing == 1, uniform, hard)
-    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
-    # class to which the teacher gives mass.
-    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-    loss = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
-    return weight, soft, loss + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * weighted)
-
-
-# --- gradient ---
-
-
-@triton.jit
-def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr):
-    """`unit` is the incoming gradient of every row, 0 where it is ignored."""
-    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
-    hard_peak = (hard_weight - smoothed) * known.sums.mass + smoothed if plan.PROBABILITIES else hard_weight
-    hard = hard_peak / (1 + student.rest)
-    soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
-    soft = soft_peak / (1 + student.soft_rest)
-    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    agree = student.soft_rest == teacher.soft_rest
-    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
-    uniform = smoothed / plan.CLASSES
-    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
-    others, soft_others = known.student.others, known.student.soft_others
-    at_label = tl.where(others < student.e, smoothed - hard * others, hard * student.e - (hard_weight - smoothed))
-    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
-    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
-    return Scales(hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak)
-
-
-@triton.jit
-def _write(gradient, student_z, teacher_z, target, start, place, student, teacher, scales, inverse, plan: tl.constexpr):
-    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
-    lane, step = _columns(start, plan)
-    columns = lane + step
-    mask = _tile(place.exists) & (columns < plan.CLASSES)
-    e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
-    _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
-    if plan.PROBABILITIES:
-        # Where a class has most of the mass, its softmax less 1, which is small; the 1s left over come in the end.
-        hard_sure = (student_z == 0) & _tile(student.rest < 1)
-        soft_sure = (student_z == 0) & _tile(student.soft_rest < 1)
-        teacher_sure = (teacher_z == 0) & _tile(teacher.soft_rest < 1)
-        e = tl.where(hard_sure, -_tile(student.rest), e)
-        student_soft = tl.where(soft_sure, -_tile(student.soft_rest), student_soft)
-        teacher_soft = tl.where(teacher_sure, -_tile(teacher.soft_rest), teacher_soft)
-    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
-    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
-    if plan.SMOOTHING:
-        out -= _tile(scales.uniform)
-    if plan.PROBABILITIES:
-        hard_peak, soft_peak = _tile(scales.hard_peak), _tile(scales.soft_peak)
-        q = _load(target, columns, mask & _tile(place.kept), plan)
-        out += tl.where(hard_sure, hard_peak, 0.0) - _tile(scales.q) * q
-        out += tl.where(soft_sure, soft_peak, 0.0) - tl.where(teacher_sure, soft_peak, 0.0)
-    else:
-        # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
-        out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
-    # Where logits are read twice, the gradient is not to drive them out of the cache.
-    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
-    tl.store(_address(gradient, columns, plan), out, mask, cache_modifier=MODIFIER)
-
-
-@triton.jit
-def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
-    """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
-    inverse = settings.inverse
-    if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, student_row, teacher_row, sums = _block(
-            student, teacher, target, 0, place, (0, 0), inverse, plan
+        index = tl.load(target.address, exists, other=0).to(tl.int64)
+        kept = exists & (index != ignore_index)
+        label, q = (
+            tl.where((index >= 0) & (index < plan.CLASSES), index, -1).to(tl.int32),
+            tl.full([plan.ROWS], 1.0, tl.float32),
         )
-        known = _across(Statistics(student_row, teacher_row, sums))
-    else:
-        known = _walk(student, teacher, target, place, inverse, plan)
-
-    s = _total(known.student, known.sums.mass, student, place, inverse, plan)
-    t = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
-    weight, soft, loss = _combine(s, t, known.sums.dot, known.sums.z_sum, settings, plan)
-
-    if GRADIENT:
-        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
-        if plan.TILE >= plan.CLASSES:
-            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
-        else:
-            last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
-            for back in range(0, plan.CLASSES, plan.TILE):
-                lane, step = _columns(last - back, plan)
-                mask = _tile(place.kept) & (lane + step < plan.CLASSES)
-                student_z = _z(_load(student, lane + step, mask, plan), mask, known.student.peak)
-                teacher_z = _z(_load(teacher, lane + step, mask, plan), mask, known.teacher.peak)
-                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
-    return (s.ce, t.ce, weight, soft), loss
-
-
-# --- kernels ---
+    size = tl.num_programs(0) // tl.cdiv(rows, plan.ROWS) * rows.to(tl.int64)
+    return Place(batch * rows + row, size, exists, kept, label, q)
 
 
 @triton.jit
@@ -519,6 +288,233 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
         return share
 
 
+# --- statistics ---
+
+
+@triton.jit
+def _z(x, taken, peak):
+    return tl.where(taken, x - _tile(_finite(peak)), float("-inf"))
+
+
+@triton.jit
+def _row(x, q, others, peak, inverse, plan: tl.constexpr):
+    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
+    z = _z(x, others, peak)
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    qz = _sum(_product(q, z)) if plan.PROBABILITIES else tl.zeros_like(peak)
+    return z, soft, Row(peak, _sum(e), _sum(soft), qz)
+
+
+@triton.jit
+def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.constexpr):
+    """z of both sets of logits for one tile of classes, and the statistics of each thread.
+
+    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and saw: `peaks`.
+    """
+    lane, step = _columns(start, plan)
+    columns = lane + step
+    mask = _tile(place.kept) & (columns < plan.CLASSES)
+    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
+    student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
+    teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
+    if plan.TILE >= plan.CLASSES:
+        student_peak, teacher_peak = tl.max(student_peak, 1, keep_dims=True), tl.max(teacher_peak, 1, keep_dims=True)
+    else:
+        student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
+    others = mask & (_tile(place.label) - lane != step)  # in one comparison with a constant
+    q = tl.where(others, _load(target, columns, mask, plan), 0.0) if plan.PROBABILITIES else s
+    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
+    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
+    dot = _sum(_product(soft, student_z))
+    z_sum, taken, mass = tl.zeros_like(dot), tl.zeros_like(dot), tl.zeros_like(dot)
+    if plan.SMOOTHING:
+        z_sum, taken = _sum(tl.where(others, student_z, 0.0)), _sum(tl.where(others, 1.0, 0.0))
+    if plan.PROBABILITIES:
+        mass = _sum(q)
+    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
+    return student_z, teacher_z, student_row, teacher_row, Sums(dot, z_sum, taken, mass)
+
+
+@triton.jit
+def _join_row(a, b, mass, inverse, plan: tl.constexpr):
+    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
+    move = _finite(b.peak) - _finite(a.peak)
+    factor, soft_factor = _exponentials(a.peak - _finite(b.peak), inverse, plan.TEMPERATURE)
+    others, soft_others = a.others * factor + b.others, a.soft_others * soft_factor + b.soft_others
+    return Row(b.peak, others, soft_others, a.qz - mass * move + b.qz), move, soft_factor
+
+
+@triton.jit
+def _join(a, b, inverse, plan: tl.constexpr):
+    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
+    x, y = a.sums, b.sums
+    student, move, _ = _join_row(a.student, b.student, x.mass, inverse, plan)
+    teacher, _, factor = _join_row(a.teacher, b.teacher, x.mass, inverse, plan)
+    # Nothing is left of an infinite sum that has no weight any more.
+    dot = tl.where(factor == 0, 0.0, (x.dot - a.teacher.soft_others * move) * factor) + y.dot
+    sums = Sums(dot, x.z_sum - x.taken * move + y.z_sum, x.taken + y.taken, x.mass + y.mass)
+    return Statistics(student, teacher, sums)
+
+
+@triton.jit
+def _nothing(student_peak, teacher_peak):
+    """Statistics of no class."""
+    zero = tl.zeros_like(student_peak)
+    student, teacher = Row(student_peak, zero, zero, zero), Row(teacher_peak, zero, zero, zero)
+    return Statistics(student, teacher, Sums(zero, zero, zero, zero))
+
+
+@triton.jit
+def _across(known):
+    """Statistics of rows from those of the threads that share them and their maxima."""
+    s, t, x = known.student, known.teacher, known.sums
+    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
+    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
+    return Statistics(s, t, Sums(tl.sum(x.dot, 1), tl.sum(x.z_sum, 1), tl.sum(x.taken, 1), tl.sum(x.mass, 1)))
+
+
+@triton.jit
+def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
+    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
+    least = tl.zeros([plan.ROWS, plan.LANES], tl.float32) - float("inf")
+    known = _nothing(least, least)
+    for start in range(0, plan.CLASSES, plan.TILE):
+        peaks = known.student.peak, known.teacher.peak
+        _s, _t, s, t, sums = _block(student, teacher, target, start, place, peaks, inverse, plan)
+        known = _join(known, Statistics(s, t, sums), inverse, plan)
+    s_peak, t_peak = tl.max(known.student.peak, 1, keep_dims=True), tl.max(known.teacher.peak, 1, keep_dims=True)
+    end = _nothing(tl.zeros_like(least) + s_peak, tl.zeros_like(least) + t_peak)
+    return _across(_join(known, end, inverse, plan))
+
+
+# --- combine ---
+
+
+@triton.jit
+def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
+    # An index that names no class may not be followed: its element is NaN.
+    followed = place.kept & (place.label >= 0)
+    x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, followed, other=float("nan")).to(tl.float32)
+    z = tl.where(place.kept, x - _finite(row.peak), 0.0)
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
+    rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
+    if plan.PROBABILITIES:
+        ce = (mass + place.q) * _log1p(rest) - (row.qz + _product(place.q, z))
+    else:
+        ce = _log1p(rest) - z
+    return Total(z, e, soft, rest, soft_rest, ce)
+
+
+@triton.jit
+def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
+    """Weight, soft term and loss of every row."""
+    dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
+    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
+    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
+    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
+    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
+    hard = student.ce
+    if plan.SMOOTHING:
+        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
+        hard = (1 - settings.smoothing) * hard + settings.smoothing * uniform
+        hard = tl.where(settings.smoothing == 1, uniform, hard)
+    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
+    # class to which the teacher gives mass.
+    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
+    loss = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
+    return weight, soft, loss + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * weighted)
+
+
+# --- gradient ---
+
+
+@triton.jit
+def _scales(known, student, teacher, q, weight, unit, settings, plan: tl.constexpr):
+    """`unit` is the incoming gradient of every row, 0 where it is ignored; q is the label's mass."""
+    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
+    of_q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
+    others_q = of_q * known.sums.mass + smoothed
+    hard = (others_q + of_q * q) / (1 + student.rest)
+    soft = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit / (1 + student.soft_rest)
+    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
+    agree = student.soft_rest == teacher.soft_rest
+    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
+    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
+    others, soft_others = known.student.others, known.student.soft_others
+    at_label = tl.where(others < student.e, others_q - hard * others, hard * student.e - of_q * q)
+    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
+    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
+    return Scales(hard, soft, ratio, uniform, of_q, at_label)
+
+
+@triton.jit
+def _write(gradient, student_z, teacher_z, target, start, place, scales, inverse, plan: tl.constexpr):
+    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
+    lane, step = _columns(start, plan)
+    columns = lane + step
+    mask = _tile(place.exists) & (columns < plan.CLASSES)
+    e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
+    _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
+    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
+    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
+    if plan.SMOOTHING:
+        out -= _tile(scales.uniform)
+    if plan.PROBABILITIES:
+        out -= _tile(scales.q) * _load(target, columns, mask, plan)
+    # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
+    out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
+    # Where logits are read twice, the gradient is not to drive them out of the cache.
+    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
+    tl.store(_address(gradient, columns, plan), out, mask, cache_modifier=MODIFIER)
+
+
+@triton.jit
+def _run(pointers, strides, counts, upstream, share, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+    """A program's rows, their terms, loss and unit, what a row counts; with GRADIENT its gradient is written."""
+    inverse = settings.inverse
+    rows, ignore_index = counts
+    blocks = tl.cdiv(rows, plan.ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * plan.ROWS + tl.arange(0, plan.ROWS)
+    student = _logits(pointers[0], strides[0], batch, row, plan.VECTOR)
+    teacher = _logits(pointers[1], strides[1], batch, row, plan.VECTOR)
+    target = _logits(pointers[2], strides[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
+    gradient = _logits(pointers[3], strides[3], batch, row, plan.VECTOR)
+    place = _place(target, batch, row, rows, ignore_index, plan)
+    unit = _unit(pointers[2], pointers[4], place.size, strides[2][2], ignore_index, share, plan.COUNT)
+    if upstream is not None:
+        unit *= tl.load(_logits(upstream[0], upstream[1], batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
+    if plan.TILE >= plan.CLASSES:
+        student_z, teacher_z, student_row, teacher_row, sums = _block(
+            student, teacher, target, 0, place, (0, 0), inverse, plan
+        )
+        known = _across(Statistics(student_row, teacher_row, sums))
+    else:
+        known = _walk(student, teacher, target, place, inverse, plan)
+
+    s = _total(known.student, known.sums.mass, student, place, inverse, plan)
+    t = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(s, t, known.sums.dot, known.sums.z_sum, settings, plan)
+
+    if GRADIENT:
+        scales = _scales(known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        if plan.TILE >= plan.CLASSES:
+            _write(gradient, student_z, teacher_z, target, 0, place, scales, inverse, plan)
+        else:
+            last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
+            for back in range(0, plan.CLASSES, plan.TILE):
+                lane, step = _columns(last - back, plan)
+                mask = _tile(place.kept) & (lane + step < plan.CLASSES)
+                student_z = _z(_load(student, lane + step, mask, plan), mask, known.student.peak)
+                teacher_z = _z(_load(teacher, lane + step, mask, plan), mask, known.teacher.peak)
+                _write(gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan)
+    return place, (s.ce, t.ce, weight, soft), loss, unit
+
+
+# --- kernels ---
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
     student, teacher, target, gradient, loss, counted,
@@ -527,23 +523,19 @@ def _forward_kernel(
     ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
     CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
     TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
-    COUNT: tl.constexpr,
-    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    COUNT: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
 
     With TERMS the four terms of every row instead. Moves 2b bytes an element, 3b with the gradient (5b beyond 8192
     classes), for logits of b bytes; the logits of ignored rows are not read.
     """
-    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
-    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
-    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
-    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
-    terms, total = _run(
-        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
+    place, terms, total, unit = _run(
+        (student, teacher, target, gradient, counted),
+        ((student_b, student_c, student_r), (teacher_b, teacher_c, teacher_r),
+         (target_b, target_c, target_r), (gradient_b, gradient_c, gradient_r)),
+        (rows, ignore_index), None, share, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
     if TERMS:
         for i in tl.static_range(4):
@@ -564,17 +556,13 @@ def _backward_kernel(
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
-    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
-    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
-    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
-    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
-    factor = tl.load(upstream + place.batch * upstream_b + place.row * upstream_r, place.kept, other=0.0)
-    unit *= factor.to(tl.float32)
     _run(
-        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
+        (student, teacher, target, gradient, counted),
+        ((student_b, student_c, student_r), (teacher_b, teacher_c, teacher_r),
+         (target_b, target_c, target_r), (gradient_b, gradient_c, gradient_r)),
+        (rows, ignore_index), (upstream, (upstream_b, 0, upstream_r)), share,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
+        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
 
 
@@ -624,14 +612,11 @@ def backward(
     student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
-    if programs:
+    with torch.cuda.device_of(student):
+        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
         b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
-        with _device(student):
-            mode, counted, share = _count(student, target, options)
-            _backward_kernel[(programs,)](
-                student, teacher, target, gradient, upstream, counted, *scalars, share, b, r, COUNT=mode, **constants
-            )
+        tensors = (student, teacher, target, gradient, upstream, counted)
+        _backward_kernel[(programs,)](*tensors, *scalars, b, r, **constants)
 
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
@@ -644,9 +629,8 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
     size = gradient.numel()
-    if size:
-        with _device(gradient):
-            _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
 
 
 # --- launching ---
@@ -661,31 +645,26 @@ def _launch_forward(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options,
     loss: Tensor, gradient: Tensor | None, terms: bool,
 ) -> None:  # fmt: skip
-    key = None
     tensors = (student, teacher, target, student if gradient is None else gradient, loss)
+    key = (
+        student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
+        target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
+    )  # fmt: skip
     # Kernels are specialised for tensors that start on a multiple of 16 bytes.
-    if student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors):
-        key = (
-            student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
-            target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
-        )  # fmt: skip
-        if key in _REPLAYS:
+    repeats = student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        if repeats and key in _REPLAYS:
             run, arguments = _REPLAYS[key]
-            with _device(student):
-                run(*tensors, student, *arguments)
+            run(*tensors, student, *arguments)
             return
-    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
-    if programs == 0:
-        return
-    with _device(student):
-        mode, counted, share = _count(student, target, options)
-        constants |= {"COUNT": mode, "GRADIENT": gradient is not None, "TERMS": terms}
-        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, share, **constants)
-    if key is not None and compiled is not None and mode != 2:
+        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
+        constants |= {"GRADIENT": gradient is not None, "TERMS": terms}
+        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants)
+    if repeats and compiled is not None and constants["COUNT"] != 2:
         if len(_REPLAYS) == 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
-        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, share, *constexprs)
+        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, *constexprs)
 
 
 def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
@@ -707,8 +686,8 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
 
 def _launch(
     student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None, options: Options
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How many programs, their arguments and what they are compiled for. Another number of rows compiles nothing.
+) -> tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]:
+    """How many programs, `counted`, their scalars and what they are compiled for. Another number of rows compiles nothing.
 
     A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
     16 warps share a multiprocessor; with fewer, what is computed once a thread and row costs more than the classes. So
@@ -738,12 +717,14 @@ def _launch(
     warps = max(4, lanes if pixels else lanes // 32)
     block = warps * 32 // lanes
     alpha_t, smoothing = options.alpha * options.temperature, options.label_smoothing
+    mode, counted, share = _count(student, target, options)
     settings = (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing)
-    scalars = (rows, *(stride for operand in strides for stride in operand), options.ignore_index, *settings)
-    return batches * -(-rows // block), scalars, {
+    scalars = (rows, *(stride for operand in strides for stride in operand), options.ignore_index, *settings, share)
+    return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
         "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
-        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PIXELS": pixels, "num_warps": warps,
+        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PIXELS": pixels, "COUNT": mode,
+        "num_warps": warps,
     }  # fmt: skip
 
 
@@ -753,10 +734,3 @@ def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
     if student.shape[0] == 1:
         return 0, c, r
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
