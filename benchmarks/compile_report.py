@@ -130,10 +130,10 @@ def launches(case: Case) -> list[Launch]:
     for name, kernel in kernels.items():
         setattr(_triton, name, Recorder(kernel, found))
     try:
-        loss, _ = _triton.forward(student, teacher, target, options, gradient)
+        loss = _triton.forward(student, teacher, target, options, gradient)
         if case.all_kernels:
             _triton.scale_(gradient, loss)
-            _triton.backward(student, teacher, target, None, loss, options, gradient)
+            _triton.backward(student, teacher, target, loss, options, gradient)
             _triton.terms(student, teacher, target, options)
             return found
         return [launch for launch in found if launch.kernel == "_forward_kernel"]

@@ -179,11 +179,10 @@ def _tile(x):
 
 
 @triton.jit
-def _logits(pointer, strides, batch, row, UNIT: tl.constexpr):
+def _logits(x, batch, row, UNIT: tl.constexpr):
     # In a form that shows the compiler what the launcher has checked: multiples of UNIT. It takes that to load and
     # store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number.
-    offset = batch * (strides[0] // UNIT * UNIT) + row * (strides[2] // UNIT * UNIT)
-    return Logits(pointer + offset, strides[1])
+    return Logits(x[0] + (batch * (x[1] // UNIT * UNIT) + row * (x[3] // UNIT * UNIT)), x[2])
 
 
 @triton.jit
@@ -232,9 +231,9 @@ def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
 
 
 @triton.jit
-def _kept(target, first, size, stride, ignore_index, BLOCK: tl.constexpr):
-    """Which labels of a block are there and not ignored."""
-    i = first + tl.arange(0, BLOCK)
+def _kept(target, first, size, stride, ignore_index):
+    """Which of 1024 labels are there and not ignored."""
+    i = first + tl.arange(0, 1024)
     label = tl.load(target + i.to(tl.int64) * stride, i < size, other=0).to(tl.int64)
     return ((i < size) & (label != ignore_index)).to(tl.int32)
 
@@ -246,12 +245,11 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
     1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
     """
     if COUNT == 1:
-        return share / tl.sum(_kept(target, 0, size, stride, ignore_index, 1024), axis=0).to(tl.float32)
+        share /= tl.sum(_kept(target, 0, size, stride, ignore_index), axis=0).to(tl.float32)
     elif COUNT == 2:
         part = tl.arange(0, 256)
-        return share / tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
-    else:
-        return share
+        share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
+    return share
 
 
 # --- statistics ---
@@ -268,16 +266,13 @@ def _row(x, q, others, peak, inverse, plan: tl.constexpr):
 
 @triton.jit
 def _block(student, teacher, target, start, place, known, inverse, plan: tl.constexpr):
-    """z of both sets of logits for one tile of classes, and the statistics of each thread.
-
-    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and has seen, `known`.
-    """
+    """z of both sets of logits for one tile of classes, and the statistics of each thread."""
     lane, step, mask = _columns(start, place.kept, plan)
     columns = lane + step
     s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
     student_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, s, float("-inf"))), known.student.peak)
     teacher_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, t, float("-inf"))), known.teacher.peak)
-    if plan.TILE >= plan.CLASSES:
+    if plan.TILE >= plan.CLASSES:  # else a thread's own are as good, and nothing waits for other warps
         student_peak, teacher_peak = tl.max(student_peak, 1, keep_dims=True), tl.max(teacher_peak, 1, keep_dims=True)
     others = mask & (_tile(place.label) - lane != step)  # in one comparison with a constant
     q = tl.where(others, _load(target, columns, mask, plan), 0.0) if plan.PROBABILITIES else s
@@ -326,8 +321,7 @@ def _across(known):
     s, t = known.student, known.teacher
     s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
     t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
-    dot, z_sum, taken, mass = known.dot, known.z_sum, known.taken, known.mass
-    return Statistics(s, t, tl.sum(dot, 1), tl.sum(z_sum, 1), tl.sum(taken, 1), tl.sum(mass, 1))
+    return Statistics(s, t, tl.sum(known.dot, 1), tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1))
 
 
 @triton.jit
@@ -388,8 +382,7 @@ def _scales(known, student, teacher, q, weight, unit, settings, plan: tl.constex
     hard = (others_q + of_q * q) / (1 + student.rest)
     soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_rest)
     # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    agree = student.soft_rest == teacher.soft_rest
-    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
+    ratio = tl.where(student.soft_rest == teacher.soft_rest, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
     # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
     others, soft_others = known.student.others, known.student.soft_others
     at_label = tl.where(others < student.e, others_q - hard * others, hard * student.e - of_q * q)
@@ -413,25 +406,25 @@ def _write(gradient, student_z, teacher_z, target, start, place, scales, inverse
     # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
     out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
     # Where logits are read twice, the gradient is not to drive them out of the cache.
-    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
-    tl.store(_address(gradient, lane + step, plan), out, mask, cache_modifier=MODIFIER)
+    modifier: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
+    tl.store(_address(gradient, lane + step, plan), out, mask, cache_modifier=modifier)
 
 
 @triton.jit
-def _run(pointers, strides, rows, ignore_index, upstream, share, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
     """A program's rows, their terms, loss and unit, what a row counts; with GRADIENT its gradient is written."""
     inverse = settings.inverse
     blocks = tl.cdiv(rows, plan.ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * plan.ROWS + tl.arange(0, plan.ROWS)
-    student = _logits(pointers[0], strides[0], batch, row, plan.VECTOR)
-    teacher = _logits(pointers[1], strides[1], batch, row, plan.VECTOR)
-    target = _logits(pointers[2], strides[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
-    gradient = _logits(pointers[3], strides[3], batch, row, plan.VECTOR)
+    student = _logits(operands[0], batch, row, plan.VECTOR)
+    teacher = _logits(operands[1], batch, row, plan.VECTOR)
+    target = _logits(operands[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
+    gradient = _logits(operands[3], batch, row, plan.VECTOR)
     place = _place(target, batch, row, rows, ignore_index, plan)
-    unit = _unit(pointers[2], pointers[4], place.size, strides[2][2], ignore_index, share, plan.COUNT)
+    unit = _unit(operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT)
     if upstream is not None:
-        unit *= tl.load(_logits(upstream[0], upstream[1], batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
+        unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
     known = _nothing(-3.4028234663852886e38, -3.4028234663852886e38, plan)  # the lowest finite number
     if plan.TILE >= plan.CLASSES:
         student_z, teacher_z, s, t, dot, zs, n, mass = _block(student, teacher, target, 0, place, known, inverse, plan)
@@ -442,44 +435,34 @@ def _run(pointers, strides, rows, ignore_index, upstream, share, settings, GRADI
     s = _total(known.student, known.mass, student, place, inverse, plan)
     t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
     weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
-
     if GRADIENT:
         scales = _scales(known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan)
         last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
         for back in range(0, plan.CLASSES, plan.TILE):
             if plan.TILE < plan.CLASSES:
                 lane, step, mask = _columns(last - back, place.kept, plan)
-                student_z = _load(student, lane + step, mask, plan) - _tile(known.student.peak)
-                teacher_z = _load(teacher, lane + step, mask, plan) - _tile(known.teacher.peak)
-                student_z, teacher_z = (
-                    tl.where(mask, student_z, float("-inf")),
-                    tl.where(mask, teacher_z, float("-inf")),
-                )
+                x, y = _load(student, lane + step, mask, plan), _load(teacher, lane + step, mask, plan)
+                student_z = tl.where(mask, x - _tile(known.student.peak), float("-inf"))
+                teacher_z = tl.where(mask, y - _tile(known.teacher.peak), float("-inf"))
             _write(gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan)
     return place, (s.ce, t.ce, weight, soft), loss, unit
 
 
-# --- kernels ---
-
-
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, counted,
-    rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, student_b, student_c, student_r,
-    teacher_b, teacher_c, teacher_r, target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
+    student, teacher, target, gradient, loss, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
+    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
+    gradient_b, gradient_c, gradient_r,
     CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
     COUNT: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
-
-    With TERMS the four terms of every row instead. The logits of ignored rows are not read.
-    """
+    """Loss of every row, its share of the mean included, or with TERMS its four terms; with GRADIENT its gradient."""
     place, terms, total, unit = _run(
-        (student, teacher, target, gradient, counted),
-        ((student_b, student_c, student_r), (teacher_b, teacher_c, teacher_r),
-         (target_b, target_c, target_r), (gradient_b, gradient_c, gradient_r)),
-        rows, ignore_index, None, share, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
+         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
+        counted, rows, ignore_index, None, share,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
         Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
     if TERMS:
@@ -492,49 +475,43 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, upstream, counted,
-    rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, student_b, student_c, student_r,
-    teacher_b, teacher_c, teacher_r, target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    upstream_b, upstream_r,
+    student, teacher, target, gradient, upstream, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
+    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
+    gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
     CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
     _run(
-        (student, teacher, target, gradient, counted),
-        ((student_b, student_c, student_r), (teacher_b, teacher_c, teacher_r),
-         (target_b, target_c, target_r), (gradient_b, gradient_c, gradient_r)),
-        rows, ignore_index, (upstream, (upstream_b, 0, upstream_r)), share,
+        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
+         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
+        counted, rows, ignore_index, (upstream, upstream_b, 0, upstream_r), share,
         Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
         Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr):
-    """gradient *= upstream, in place and in float32, unless the factor is 1, as it is as a rule.
-
-    So few programs that to find that out takes no time; if it is not so, each of them does its share.
-    """
+def _scale_kernel(gradient, upstream, size):
+    """gradient *= upstream, in place and in float32; few programs, so that to find a factor of 1 takes no time."""
+    BLOCK: tl.constexpr = 2048
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1:
-        i = tl.arange(0, BLOCK)
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
-            if start + BLOCK <= size:
-                tl.store(gradient + start + i, tl.load(gradient + start + i).to(tl.float32) * factor)
+            i = start + tl.arange(0, BLOCK)
+            if start + BLOCK <= size:  # without a mask, of which the compiler does not know that it allows 16 bytes
+                tl.store(gradient + i, tl.load(gradient + i).to(tl.float32) * factor)
             else:
-                value = tl.load(gradient + start + i, start + i < size).to(tl.float32)
-                tl.store(gradient + start + i, value * factor, start + i < size)
+                tl.store(gradient + i, tl.load(gradient + i, i < size).to(tl.float32) * factor, i < size)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _count_kernel(target, counted, size, ignore_index):
     """How many labels are not ignored, one part a program."""
-    BLOCK: tl.constexpr = 1024
-    kept = tl.zeros([BLOCK], tl.int32)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
-        kept += _kept(target, first, size, 1, ignore_index, BLOCK)
+    kept = tl.zeros([1024], tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * 1024, size, tl.num_programs(0) * 1024):
+        kept += _kept(target, first, size, 1, ignore_index)
     tl.store(counted + tl.program_id(0), tl.sum(kept, axis=0))
 
 
@@ -557,7 +534,7 @@ def backward(
     with torch.cuda.device_of(student):
         programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
         b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
-        tensors = (student, teacher, target, gradient, upstream, counted)
+        tensors = student, teacher, target, gradient, upstream, counted
         _backward_kernel[(programs,)](*tensors, *scalars, b, r, **constants)
 
 
@@ -568,14 +545,13 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
-    size = gradient.numel()
+    programs = min(-(-gradient.numel() // 2048), 1024)
     with torch.cuda.device_of(gradient):
-        _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
+        _scale_kernel[(programs,)](gradient, upstream, gradient.numel(), num_warps=4)
 
 
-# Launches of the forward kernel as they were, by the description of their tensors: what runs it, and all arguments but
-# these. Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
-# host. A training loop has two of them. An interpreted kernel is not compiled and has none.
+# Launches of the forward kernel by the description of their tensors: what runs it, and all arguments but these. To bind
+# and specialise them anew for every launch is much of what a small batch costs the host. Not of interpreted kernels.
 _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
@@ -612,8 +588,7 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
     if options.reduction != "mean" or target.is_floating_point():
         return 0, counted, 1 / max(student.shape[0] * student.shape[2], 1) if options.reduction == "mean" else 1.0
     # To read 1024 labels takes no time, and saves a launch.
-    batches, rows = target.shape
-    if target.numel() <= 1024 and (batches == 1 or target.stride(0) == rows * target.stride(1)):
+    if target.numel() <= 1024 and (len(target) == 1 or target.stride(0) == target.shape[1] * target.stride(1)):
         return 1, counted, 1.0
     labels = target.reshape(-1).contiguous()
     counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
@@ -662,9 +637,8 @@ def _launch(
     scalars = (rows, options.ignore_index, *settings, share, *(stride for operand in strides for stride in operand))
     return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
-        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
+        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0, "num_warps": warps,
         "PROBABILITIES": probabilities, "SMOOTHING": options.label_smoothing > 0, "PIXELS": pixels, "COUNT": mode,
-        "num_warps": warps,
     }  # fmt: skip
 
 
