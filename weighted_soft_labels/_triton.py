@@ -7,8 +7,8 @@ Logits are seen as (batch, classes, rows) with any strides, so (N, C), (N, C, d1
     combine     cross-entropies, weight, loss: one number a row
     gradient    one number a class
 
-Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. A target of probabilities has
-no label; there the classes at the maximum are left out and counted.
+Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. Of a target of probabilities,
+the class with the most mass is the label.
 
 Classes lie in a tile [K, ROWS, LANES, VECTOR]: LANES threads share a row; each takes VECTOR neighbours at a time, 16
 bytes where the layout allows, and K times that, 32 classes at most. So few threads compute what is computed once a row.
@@ -22,7 +22,6 @@ Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the h
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -37,14 +36,12 @@ if TYPE_CHECKING:
 COUNTS = ["rows", "size", "ignore_index"]
 
 
-# --- what belongs together in a kernel ---
-
-
 class Plan(NamedTuple):
     """What a kernel is compiled for; see `_launch`."""
 
     CLASSES: tl.constexpr
     K: tl.constexpr
+    ROWS: tl.constexpr
     LANES: tl.constexpr
     VECTOR: tl.constexpr
     TILE: tl.constexpr  # K * LANES * VECTOR classes at a time
@@ -52,6 +49,7 @@ class Plan(NamedTuple):
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
     PIXELS: tl.constexpr
+    COUNT: tl.constexpr
 
 
 class Settings(NamedTuple):
@@ -65,14 +63,12 @@ class Settings(NamedTuple):
 class Place(NamedTuple):
     """A program's rows and what the target says of them, [ROWS]."""
 
-    batch: tl.tensor
-    row: tl.tensor
     index: tl.tensor  # in (B, R)
     size: tl.tensor  # B * R
     exists: tl.tensor
-    label: tl.tensor
-    inside: tl.tensor  # whether the label names a class
     kept: tl.tensor  # not ignored: of other rows no logits are read
+    label: tl.tensor  # -1 for an index that names no class
+    q: tl.tensor  # its mass
 
 
 class Logits(NamedTuple):
@@ -85,32 +81,25 @@ class Logits(NamedTuple):
 class Row(NamedTuple):
     """What is known of one set of logits: of rows, [ROWS], or of what one thread has seen of them, [ROWS, LANES]."""
 
-    peak: tl.tensor  # maximum, where z is 0
-    others: tl.tensor  # sum of exp(z) without the label; for probabilities, without classes at the maximum
+    peak: tl.tensor  # maximum, where z is 0; never -inf, as it is subtracted from logits that may be
+    others: tl.tensor  # sum of exp(z) without the label
     soft_others: tl.tensor  # the same of exp(z / T)
-    ties: tl.tensor  # for probabilities: how many classes are at the maximum
-    qz: tl.tensor  # for probabilities: sum of q * z
-
-
-class Sums(NamedTuple):
-    """What is known of both sets of logits together."""
-
-    dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
-    z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
-    taken: tl.tensor  # for label smoothing: of how many classes
-    mass: tl.tensor  # for probabilities: sum of q
+    qz: tl.tensor  # for probabilities: sum of q * z without the label
 
 
 class Statistics(NamedTuple):
     student: Row
     teacher: Row
-    sums: Sums
+    dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
+    z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
+    taken: tl.tensor  # for label smoothing: of how many classes
+    mass: tl.tensor  # for probabilities: sum of q without the label
 
 
 class Total(NamedTuple):
     """What the loss needs to know of one set of logits, [ROWS]."""
 
-    z: tl.tensor  # at the label; for probabilities, at the maximum
+    z: tl.tensor  # at the label
     e: tl.tensor  # exp(z) and exp(z / T) there
     soft: tl.tensor
     rest: tl.tensor  # Z - 1
@@ -125,10 +114,8 @@ class Scales(NamedTuple):
     soft: tl.tensor  # of the student's exp(z / T)
     ratio: tl.tensor  # of the teacher's, relative to that
     uniform: tl.tensor  # what label smoothing takes off every class
-    at_label: tl.tensor  # the whole gradient there
     q: tl.tensor  # for probabilities: of q
-    hard_peak: tl.tensor  # for probabilities: of the hard and the soft term at a maximum
-    soft_peak: tl.tensor
+    at_label: tl.tensor  # the whole gradient there
 
 
 # --- arithmetic. Numbers stand where they are used: globals would be compared with what they were at every launch ---
@@ -157,20 +144,12 @@ def _one_minus_exp(r):
 @triton.jit
 def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
     """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
-    if TEMPERATURE == 1:
-        soft = tl.exp2(z * 1.4426950408889634)
-        return soft, soft
-    elif TEMPERATURE == 2:
+    if TEMPERATURE == 2:
         soft = tl.exp2(z * 0.7213475204444817)
         return soft * soft, soft
     else:
-        return tl.exp2(z * 1.4426950408889634), tl.exp2(z * (inverse * 1.4426950408889634))
-
-
-@triton.jit
-def _finite(peak):
-    """A maximum that can be subtracted: a block may hold nothing but masked classes."""
-    return tl.where(peak == float("-inf"), 0.0, peak)
+        soft = tl.exp2(z * (inverse * 1.4426950408889634))
+        return soft if TEMPERATURE == 1 else tl.exp2(z * 1.4426950408889634), soft
 
 
 @triton.jit
@@ -185,11 +164,6 @@ def _most(x):
 
 
 @triton.jit
-def _over_lanes(peak):
-    return tl.max(peak, axis=1, keep_dims=True)
-
-
-@triton.jit
 def _product(mass, value):
     """mass * value, where no mass times an infinite value is 0."""
     return mass * tl.where(mass == 0, 0.0, value)
@@ -201,45 +175,23 @@ def _tile(x):
     return x[None, :, None, None] if len(x.shape) == 1 else x[None, :, :, None]
 
 
-# --- memory ---
+# --- memory and target ---
 
 
 @triton.jit
-def _aligned(x, UNIT: tl.constexpr):
-    """x, in a form that shows the compiler what the launcher has checked: a multiple of UNIT. It takes that to load
-    and store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number."""
-    return x // UNIT * UNIT
+def _logits(x, batch, row, UNIT: tl.constexpr):
+    # In a form that shows the compiler what the launcher has checked: multiples of UNIT. It takes that to load and
+    # store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number.
+    return Logits(x[0] + (batch * (x[1] // UNIT * UNIT) + row * (x[3] // UNIT * UNIT)), x[2])
 
 
 @triton.jit
-def _place(
-    target, b, r, rows, ignore_index, CLASSES: tl.constexpr, ROWS: tl.constexpr, PROBABILITIES: tl.constexpr
-):  # fmt: skip
-    blocks = tl.cdiv(rows, ROWS)
-    batch = (tl.program_id(0) // blocks).to(tl.int64)
-    row = (tl.program_id(0) % blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = row < rows
-    label, kept = row * 0, exists
-    if not PROBABILITIES:
-        label = tl.load(target + batch * b + row * r, exists, other=0).to(tl.int64)
-        kept = exists & (label != ignore_index)
-    inside = (label >= 0) & (label < CLASSES)
-    label = tl.where(inside, label, 0).to(tl.int32)
-    size = tl.num_programs(0) // blocks * rows.to(tl.int64)
-    return Place(batch, row, batch * rows + row, size, exists, label, inside, kept)
-
-
-@triton.jit
-def _logits(pointer, place, b, c, r, VECTOR: tl.constexpr):
-    return Logits(pointer + (place.batch * _aligned(b, VECTOR) + place.row * _aligned(r, VECTOR)), c)
-
-
-@triton.jit
-def _columns(start, plan: tl.constexpr):
-    """The classes of a tile: the first of every lane, [1, 1, LANES, 1], and how far from it the rest is."""
+def _columns(start, rows, plan: tl.constexpr):
+    """The classes of a tile: the first of every lane, [1, 1, LANES, 1], how far from it the rest is, which exist."""
     k = tl.arange(0, plan.K)[:, None, None, None] * (plan.LANES * plan.VECTOR)
     lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
-    return lane, k + tl.arange(0, plan.VECTOR)[None, None, None, :]
+    step = k + tl.arange(0, plan.VECTOR)[None, None, None, :]
+    return lane, step, _tile(rows) & (lane + step < plan.CLASSES)
 
 
 @triton.jit
@@ -258,248 +210,30 @@ def _load(logits, columns, mask, plan: tl.constexpr):
     return tl.load(_address(logits, columns, plan), mask).to(tl.float32)
 
 
-# --- statistics ---
-
-
 @triton.jit
-def _z(x, taken, peak):
-    return tl.where(taken, x - _tile(_finite(peak)), float("-inf"))
-
-
-@triton.jit
-def _row(x, q, others, peak, inverse, plan: tl.constexpr):
-    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
-    z = _z(x, others, peak)
-    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
+    """The label is the class with the most mass, which of an index has all of it."""
+    exists = row < rows
     if plan.PROBABILITIES:
-        below = tl.where(z == 0, 0.0, e), tl.where(z == 0, 0.0, soft)
-        row = Row(peak, _sum(below[0]), _sum(below[1]), _sum(tl.where(z == 0, 1.0, 0.0)), _sum(_product(q, z)))
+        kept, label, q = exists, tl.zeros([plan.ROWS], tl.int32), tl.zeros([plan.ROWS], tl.float32) - float("inf")
+        for start in range(0, plan.CLASSES, plan.TILE):
+            lane, step, mask = _columns(start, exists, plan)
+            mass = tl.where(mask, _load(target, lane + step, mask, plan), float("-inf"))
+            most = tl.max(_most(mass), axis=1)
+            leader = tl.max(_most(tl.where(mass == _tile(most), lane + step, 0)), axis=1)
+            label, q = tl.where(most > q, leader, label), tl.maximum(most, q)
     else:
-        row = Row(peak, _sum(e), _sum(soft), tl.zeros_like(peak), tl.zeros_like(peak))
-    return z, soft, row
+        index = tl.load(target.address, exists, other=0).to(tl.int64)
+        kept, q = exists & (index != ignore_index), tl.full([plan.ROWS], 1.0, tl.float32)
+        label = tl.where((index >= 0) & (index < plan.CLASSES), index, -1).to(tl.int32)
+    size = tl.num_programs(0) // tl.cdiv(rows, plan.ROWS) * rows.to(tl.int64)
+    return Place(batch * rows + row, size, exists, kept, label, q)
 
 
 @triton.jit
-def _block(student, teacher, target, start, place, peaks, inverse, plan: tl.constexpr):
-    """z of both sets of logits for one tile of classes, and the statistics of each thread.
-
-    Maxima are the rows' where these fit into the tile, else a thread's own, of what it sees and saw: `peaks`.
-    """
-    lane, step = _columns(start, plan)
-    columns = lane + step
-    mask = _tile(place.kept) & (columns < plan.CLASSES)
-    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
-    student_peak = _most(tl.where(columns < plan.CLASSES, s, float("-inf")))
-    teacher_peak = _most(tl.where(columns < plan.CLASSES, t, float("-inf")))
-    if plan.TILE >= plan.CLASSES:
-        student_peak, teacher_peak = _over_lanes(student_peak), _over_lanes(teacher_peak)
-    else:
-        student_peak, teacher_peak = tl.maximum(student_peak, peaks[0]), tl.maximum(teacher_peak, peaks[1])
-    if plan.PROBABILITIES:
-        others, q = mask, tl.where(mask, _load(target, columns, mask, plan), 0.0)
-    else:
-        others, q = mask & (_tile(place.label) - lane != step), s  # in one comparison with a constant
-    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
-    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
-    dot = _sum(_product(soft, student_z))
-    z_sum, taken, mass = tl.zeros_like(dot), tl.zeros_like(dot), tl.zeros_like(dot)
-    if plan.SMOOTHING:
-        z_sum, taken = _sum(tl.where(others, student_z, 0.0)), _sum(tl.where(others, 1.0, 0.0))
-    if plan.PROBABILITIES:
-        mass = _sum(q)
-    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
-    return student_z, teacher_z, student_row, teacher_row, Sums(dot, z_sum, taken, mass)
-
-
-@triton.jit
-def _join_row(a, b, mass, inverse, plan: tl.constexpr):
-    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
-    move = _finite(b.peak) - _finite(a.peak)
-    factor, soft_factor = _exponentials(a.peak - _finite(b.peak), inverse, plan.TEMPERATURE)
-    ties = tl.where(a.peak < b.peak, a.ties, 0.0)  # of an old maximum, now classes like any other
-    others, soft_others = (a.others + ties) * factor + b.others, (a.soft_others + ties) * soft_factor + b.soft_others
-    return Row(b.peak, others, soft_others, a.ties - ties + b.ties, a.qz - mass * move + b.qz), move, soft_factor
-
-
-@triton.jit
-def _join(a, b, inverse, plan: tl.constexpr):
-    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
-    x, y = a.sums, b.sums
-    student, move, _ = _join_row(a.student, b.student, x.mass, inverse, plan)
-    teacher, _, factor = _join_row(a.teacher, b.teacher, x.mass, inverse, plan)
-    dot = x.dot - (a.teacher.soft_others + a.teacher.ties) * move
-    # Nothing is left of an infinite sum that has no weight any more.
-    dot = tl.where(factor == 0, 0.0, dot * factor) + y.dot
-    sums = Sums(dot, x.z_sum - x.taken * move + y.z_sum, x.taken + y.taken, x.mass + y.mass)
-    return Statistics(student, teacher, sums)
-
-
-@triton.jit
-def _nothing(student_peak, teacher_peak):
-    """Statistics of no class."""
-    zero = tl.zeros_like(student_peak)
-    student, teacher = Row(student_peak, zero, zero, zero, zero), Row(teacher_peak, zero, zero, zero, zero)
-    return Statistics(student, teacher, Sums(zero, zero, zero, zero))
-
-
-@triton.jit
-def _across(known):
-    """Statistics of rows from those of the threads that share them and their maxima."""
-    s, t = known.student, known.teacher
-    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.ties, 1), tl.sum(s.qz, 1))
-    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.ties, 1), tl.sum(t.qz, 1))
-    x = known.sums
-    return Statistics(s, t, Sums(tl.sum(x.dot, 1), tl.sum(x.z_sum, 1), tl.sum(x.taken, 1), tl.sum(x.mass, 1)))
-
-
-@triton.jit
-def _walk(student, teacher, target, place, inverse, plan: tl.constexpr):
-    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
-    least = tl.zeros([place.row.shape[0], plan.LANES], tl.float32) - float("inf")
-    known = _nothing(least, least)
-    for start in range(0, plan.CLASSES, plan.TILE):
-        peaks = known.student.peak, known.teacher.peak
-        _s, _t, s, t, sums = _block(student, teacher, target, start, place, peaks, inverse, plan)
-        known = _join(known, Statistics(s, t, sums), inverse, plan)
-    zero = tl.zeros_like(least)
-    end = _nothing(_over_lanes(known.student.peak) + zero, _over_lanes(known.teacher.peak) + zero)
-    return _across(_join(known, end, inverse, plan))
-
-
-# --- combine ---
-
-
-@triton.jit
-def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
-    if plan.PROBABILITIES:
-        z = tl.zeros_like(row.peak)
-        rest, soft_rest = row.others + (row.ties - 1), row.soft_others + (row.ties - 1)
-        return Total(z, z + 1, z + 1, rest, soft_rest, mass * _log1p(rest) - row.qz)
-    else:
-        x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, place.kept, other=0.0).to(tl.float32)
-        # An index that names no class may not be followed: its element is NaN.
-        z = tl.where(place.kept, tl.where(place.inside, x - _finite(row.peak), float("nan")), 0.0)
-        e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-        # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-        rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
-        return Total(z, e, soft, rest, soft_rest, _log1p(rest) - z)
-
-
-@triton.jit
-def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
-    """Weight, soft term and loss of every row."""
-    if not plan.PROBABILITIES:
-        dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
-    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
-    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
-    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
-    hard = student.ce
-    if plan.SMOOTHING:
-        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
-        hard = (1 - settings.smoothing) * hard + settings.smoothing * uniform
-        hard = tl.where(settings.smoothing == 1, uniform, hard)
-    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
-    # class to which the teacher gives mass.
-    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-    loss = tl.where(settings.hard_weight == 0, 0.0, settings.hard_weight * hard)
-    return weight, soft, loss + tl.where(settings.alpha_t2 == 0, 0.0, settings.alpha_t2 * weighted)
-
-
-# --- gradient ---
-
-
-@triton.jit
-def _scales(known, student, teacher, weight, unit, settings, plan: tl.constexpr):
-    """`unit` is the incoming gradient of every row, 0 where it is ignored."""
-    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
-    hard_peak = (hard_weight - smoothed) * known.sums.mass + smoothed if plan.PROBABILITIES else hard_weight
-    hard = hard_peak / (1 + student.rest)
-    soft_peak = tl.where(settings.alpha_t == 0, 0.0, settings.alpha_t * weight) * unit
-    soft = soft_peak / (1 + student.soft_rest)
-    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    agree = student.soft_rest == teacher.soft_rest
-    ratio = tl.where(agree, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
-    uniform = smoothed / plan.CLASSES
-    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
-    others, soft_others = known.student.others, known.student.soft_others
-    at_label = tl.where(others < student.e, smoothed - hard * others, hard * student.e - (hard_weight - smoothed))
-    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
-    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
-    return Scales(hard, soft, ratio, uniform, at_label, hard_weight - smoothed, hard_peak, soft_peak)
-
-
-@triton.jit
-def _write(gradient, student_z, teacher_z, target, start, place, student, teacher, scales, inverse, plan: tl.constexpr):
-    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
-    lane, step = _columns(start, plan)
-    columns = lane + step
-    mask = _tile(place.exists) & (columns < plan.CLASSES)
-    e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
-    _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
-    if plan.PROBABILITIES:
-        # Where a class has most of the mass, its softmax less 1, which is small; the 1s left over come in the end.
-        hard_sure = (student_z == 0) & _tile(student.rest < 1)
-        soft_sure = (student_z == 0) & _tile(student.soft_rest < 1)
-        teacher_sure = (teacher_z == 0) & _tile(teacher.soft_rest < 1)
-        e = tl.where(hard_sure, -_tile(student.rest), e)
-        student_soft = tl.where(soft_sure, -_tile(student.soft_rest), student_soft)
-        teacher_soft = tl.where(teacher_sure, -_tile(teacher.soft_rest), teacher_soft)
-    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
-    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
-    if plan.SMOOTHING:
-        out -= _tile(scales.uniform)
-    if plan.PROBABILITIES:
-        hard_peak, soft_peak = _tile(scales.hard_peak), _tile(scales.soft_peak)
-        q = _load(target, columns, mask & _tile(place.kept), plan)
-        out += tl.where(hard_sure, hard_peak, 0.0) - _tile(scales.q) * q
-        out += tl.where(soft_sure, soft_peak, 0.0) - tl.where(teacher_sure, soft_peak, 0.0)
-    else:
-        # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
-        out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
-    # Where logits are read twice, the gradient is not to drive them out of the cache.
-    MODIFIER: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
-    tl.store(_address(gradient, columns, plan), out, mask, cache_modifier=MODIFIER)
-
-
-@triton.jit
-def _run(student, teacher, target, gradient, place, unit, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
-    """Terms and loss of a program's rows; with GRADIENT, that for an incoming gradient of `unit` is written."""
-    inverse = settings.inverse
-    if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, student_row, teacher_row, sums = _block(
-            student, teacher, target, 0, place, (0, 0), inverse, plan
-        )
-        known = _across(Statistics(student_row, teacher_row, sums))
-    else:
-        known = _walk(student, teacher, target, place, inverse, plan)
-
-    s = _total(known.student, known.sums.mass, student, place, inverse, plan)
-    t = _total(known.teacher, known.sums.mass, teacher, place, inverse, plan)
-    weight, soft, loss = _combine(s, t, known.sums.dot, known.sums.z_sum, settings, plan)
-
-    if GRADIENT:
-        scales = _scales(known, s, t, weight, tl.where(place.kept, unit, 0.0), settings, plan)
-        if plan.TILE >= plan.CLASSES:
-            _write(gradient, student_z, teacher_z, target, 0, place, s, t, scales, inverse, plan)
-        else:
-            last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
-            for back in range(0, plan.CLASSES, plan.TILE):
-                lane, step = _columns(last - back, plan)
-                mask = _tile(place.kept) & (lane + step < plan.CLASSES)
-                student_z = _z(_load(student, lane + step, mask, plan), mask, known.student.peak)
-                teacher_z = _z(_load(teacher, lane + step, mask, plan), mask, known.teacher.peak)
-                _write(gradient, student_z, teacher_z, target, last - back, place, s, t, scales, inverse, plan)
-    return (s.ce, t.ce, weight, soft), loss
-
-
-# --- kernels ---
-
-
-@triton.jit
-def _kept(target, first, size, stride, ignore_index, BLOCK: tl.constexpr):
-    """Which labels of a block are there and not ignored."""
-    i = first + tl.arange(0, BLOCK)
+def _kept(target, first, size, stride, ignore_index):
+    """Which of 1024 labels are there and not ignored."""
+    i = first + tl.arange(0, 1024)
     label = tl.load(target + i.to(tl.int64) * stride, i < size, other=0).to(tl.int64)
     return ((i < size) & (label != ignore_index)).to(tl.int32)
 
@@ -511,39 +245,225 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
     1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
     """
     if COUNT == 1:
-        return share / tl.sum(_kept(target, 0, size, stride, ignore_index, 1024), axis=0).to(tl.float32)
+        share /= tl.sum(_kept(target, 0, size, stride, ignore_index), axis=0).to(tl.float32)
     elif COUNT == 2:
         part = tl.arange(0, 256)
-        return share / tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
+        share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
+    return share
+
+
+# --- statistics ---
+
+
+@triton.jit
+def _row(x, q, others, peak, inverse, plan: tl.constexpr):
+    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
+    z = tl.where(others, x - _tile(peak), float("-inf"))
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    qz = _sum(_product(q, z)) if plan.PROBABILITIES else tl.zeros_like(peak)
+    return z, soft, Row(peak, _sum(e), _sum(soft), qz)
+
+
+@triton.jit
+def _block(student, teacher, target, start, place, known, inverse, plan: tl.constexpr):
+    """z of both sets of logits for one tile of classes, and the statistics of each thread."""
+    lane, step, mask = _columns(start, place.kept, plan)
+    columns = lane + step
+    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
+    student_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, s, float("-inf"))), known.student.peak)
+    teacher_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, t, float("-inf"))), known.teacher.peak)
+    if plan.TILE >= plan.CLASSES:  # else a thread's own are as good, and nothing waits for other warps
+        student_peak, teacher_peak = tl.max(student_peak, 1, keep_dims=True), tl.max(teacher_peak, 1, keep_dims=True)
+    others = mask & (_tile(place.label) - lane != step)  # in one comparison with a constant
+    q = tl.where(others, _load(target, columns, mask, plan), 0.0) if plan.PROBABILITIES else s
+    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
+    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
+    dot = _sum(_product(soft, student_z))
+    zero = tl.zeros_like(dot)
+    z_sum = _sum(tl.where(others, student_z, 0.0)) if plan.SMOOTHING else zero
+    taken = _sum(tl.where(others, 1.0, 0.0)) if plan.SMOOTHING else zero
+    mass = _sum(q) if plan.PROBABILITIES else zero
+    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
+    return student_z, teacher_z, student_row, teacher_row, dot, z_sum, taken, mass
+
+
+@triton.jit
+def _join_row(a, b, mass, inverse, plan: tl.constexpr):
+    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
+    move = b.peak - a.peak
+    factor, soft_factor = _exponentials(-move, inverse, plan.TEMPERATURE)
+    others, soft_others = a.others * factor + b.others, a.soft_others * soft_factor + b.soft_others
+    return Row(b.peak, others, soft_others, a.qz - mass * move + b.qz), move, soft_factor
+
+
+@triton.jit
+def _join(a, b, inverse, plan: tl.constexpr):
+    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
+    student, move, _ = _join_row(a.student, b.student, a.mass, inverse, plan)
+    teacher, _, factor = _join_row(a.teacher, b.teacher, a.mass, inverse, plan)
+    # Nothing is left of an infinite sum that has no weight any more.
+    dot = tl.where(factor == 0, 0.0, (a.dot - a.teacher.soft_others * move) * factor) + b.dot
+    z_sum, taken, mass = a.z_sum - a.taken * move + b.z_sum, a.taken + b.taken, a.mass + b.mass
+    return Statistics(student, teacher, dot, z_sum, taken, mass)
+
+
+@triton.jit
+def _nothing(student_peak, teacher_peak, plan: tl.constexpr):
+    """Statistics of no class, seen from these maxima."""
+    zero = tl.zeros([plan.ROWS, plan.LANES], tl.float32)
+    student, teacher = Row(student_peak + zero, zero, zero, zero), Row(teacher_peak + zero, zero, zero, zero)
+    return Statistics(student, teacher, zero, zero, zero, zero)
+
+
+@triton.jit
+def _across(known):
+    """Statistics of rows from those of the threads that share them and their maxima."""
+    s, t = known.student, known.teacher
+    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
+    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
+    return Statistics(s, t, tl.sum(known.dot, 1), tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1))
+
+
+@triton.jit
+def _walk(student, teacher, target, place, known, inverse, plan: tl.constexpr):
+    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
+    for start in range(0, plan.CLASSES, plan.TILE):
+        _s, _t, s, t, dot, z_sum, taken, mass = _block(student, teacher, target, start, place, known, inverse, plan)
+        known = _join(known, Statistics(s, t, dot, z_sum, taken, mass), inverse, plan)
+    s_peak, t_peak = tl.max(known.student.peak, 1, keep_dims=True), tl.max(known.teacher.peak, 1, keep_dims=True)
+    return _join(known, _nothing(s_peak, t_peak, plan), inverse, plan)
+
+
+# --- combine ---
+
+
+@triton.jit
+def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
+    # An index that names no class may not be followed: its element is NaN.
+    followed = place.kept & (place.label >= 0)
+    x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, followed, other=float("nan")).to(tl.float32)
+    z = tl.where(place.kept, x - row.peak, 0.0)
+    e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
+    rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
+    ce = _log1p(rest) - z
+    if plan.PROBABILITIES:
+        ce = (mass + place.q) * _log1p(rest) - (row.qz + _product(place.q, z))
+    return Total(z, e, soft, rest, soft_rest, ce)
+
+
+@triton.jit
+def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
+    """Weight, soft term and loss of every row."""
+    dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
+    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
+    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
+    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
+    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
+    hard = student.ce
+    if plan.SMOOTHING:
+        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
+        hard = _product(1 - settings.smoothing, hard) + settings.smoothing * uniform
+    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
+    # class to which the teacher gives mass.
+    weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
+    return weight, soft, _product(settings.hard_weight, hard) + _product(settings.alpha_t2, weighted)
+
+
+# --- gradient ---
+
+
+@triton.jit
+def _scales(known, student, teacher, q, weight, unit, settings, plan: tl.constexpr):
+    """`unit` is the incoming gradient of every row, 0 where it is ignored; q is the label's mass."""
+    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
+    of_q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
+    others_q = of_q * known.mass + smoothed
+    hard = (others_q + of_q * q) / (1 + student.rest)
+    soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_rest)
+    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
+    ratio = tl.where(student.soft_rest == teacher.soft_rest, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
+    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
+    others, soft_others = known.student.others, known.student.soft_others
+    at_label = tl.where(others < student.e, others_q - hard * others, hard * student.e - of_q * q)
+    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
+    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
+    return Scales(hard, soft, ratio, uniform, of_q, at_label)
+
+
+@triton.jit
+def _write(gradient, student_z, teacher_z, target, start, place, scales, inverse, plan: tl.constexpr):
+    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
+    lane, step, mask = _columns(start, place.exists, plan)
+    e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
+    _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
+    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
+    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
+    if plan.SMOOTHING:
+        out -= _tile(scales.uniform)
+    if plan.PROBABILITIES:
+        out -= _tile(scales.q) * _load(target, lane + step, mask, plan)
+    # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
+    out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
+    # Where logits are read twice, the gradient is not to drive them out of the cache.
+    modifier: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
+    tl.store(_address(gradient, lane + step, plan), out, mask, cache_modifier=modifier)
+
+
+@triton.jit
+def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+    """A program's rows, their terms, loss and unit, what a row counts; with GRADIENT its gradient is written."""
+    inverse = settings.inverse
+    blocks = tl.cdiv(rows, plan.ROWS)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * plan.ROWS + tl.arange(0, plan.ROWS)
+    student = _logits(operands[0], batch, row, plan.VECTOR)
+    teacher = _logits(operands[1], batch, row, plan.VECTOR)
+    target = _logits(operands[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
+    gradient = _logits(operands[3], batch, row, plan.VECTOR)
+    place = _place(target, batch, row, rows, ignore_index, plan)
+    unit = _unit(operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT)
+    if upstream is not None:
+        unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
+    known = _nothing(-3.4028234663852886e38, -3.4028234663852886e38, plan)  # the lowest finite number
+    if plan.TILE >= plan.CLASSES:
+        student_z, teacher_z, s, t, dot, zs, n, mass = _block(student, teacher, target, 0, place, known, inverse, plan)
+        known = Statistics(s, t, dot, zs, n, mass)
     else:
-        return share
+        known = _walk(student, teacher, target, place, known, inverse, plan)
+    known = _across(known)
+    s = _total(known.student, known.mass, student, place, inverse, plan)
+    t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
+    weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
+    if GRADIENT:
+        scales = _scales(known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
+        for back in range(0, plan.CLASSES, plan.TILE):
+            if plan.TILE < plan.CLASSES:
+                lane, step, mask = _columns(last - back, place.kept, plan)
+                x, y = _load(student, lane + step, mask, plan), _load(teacher, lane + step, mask, plan)
+                student_z = tl.where(mask, x - _tile(known.student.peak), float("-inf"))
+                teacher_z = tl.where(mask, y - _tile(known.teacher.peak), float("-inf"))
+            _write(gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan)
+    return place, (s.ce, t.ce, weight, soft), loss, unit
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, counted,
-    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
-    CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
-    COUNT: tl.constexpr,
-    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    student, teacher, target, gradient, loss, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
+    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
+    gradient_b, gradient_c, gradient_r,
+    CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
+    COUNT: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Loss of every row, its share of the mean included; with GRADIENT its gradient for an incoming gradient of 1.
-
-    With TERMS the four terms of every row instead. Moves 2b bytes an element, 3b with the gradient (5b beyond 8192
-    classes), for logits of b bytes; the logits of ignored rows are not read.
-    """
-    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
-    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
-    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
-    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
-    terms, total = _run(
-        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
+    """Loss of every row, its share of the mean included, or with TERMS its four terms; with GRADIENT its gradient."""
+    place, terms, total, unit = _run(
+        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
+         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
+        counted, rows, ignore_index, None, share,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
     if TERMS:
         for i in tl.static_range(4):
@@ -555,55 +475,43 @@ def _forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _backward_kernel(
-    student, teacher, target, gradient, upstream, counted,
-    rows, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
-    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
-    ignore_index, inverse, alpha_t, alpha_t2, hard_weight, smoothing, share, upstream_b, upstream_r,
-    CLASSES: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr,
-    TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr, PIXELS: tl.constexpr,
+    student, teacher, target, gradient, upstream, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
+    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
+    gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
+    CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
     COUNT: tl.constexpr,
 ):  # fmt: skip
     """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
-    place = _place(target, target_b, target_r, rows, ignore_index, CLASSES, ROWS, PROBABILITIES)
-    s = _logits(student, place, student_b, student_c, student_r, VECTOR)
-    t = _logits(teacher, place, teacher_b, teacher_c, teacher_r, VECTOR)
-    q = _logits(target, place, target_b, target_c, target_r, VECTOR if PROBABILITIES else 1)
-    g = _logits(gradient, place, gradient_b, gradient_c, gradient_r, VECTOR)
-    unit = _unit(target, counted, place.size, target_r, ignore_index, share, COUNT)
-    factor = tl.load(upstream + place.batch * upstream_b + place.row * upstream_r, place.kept, other=0.0)
-    unit *= factor.to(tl.float32)
     _run(
-        s, t, q, g, place, unit, Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
-        Plan(CLASSES, K, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS),
+        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
+         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
+        counted, rows, ignore_index, (upstream, upstream_b, 0, upstream_r), share,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
+        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=COUNTS)
-def _scale_kernel(gradient, upstream, size, BLOCK: tl.constexpr):
-    """gradient *= upstream, in place and in float32, unless the factor is 1, as it is as a rule.
-
-    So few programs that to find that out takes no time; if it is not so, each of them does its share.
-    """
+def _scale_kernel(gradient, upstream, size):
+    """gradient *= upstream, in place and in float32; few programs, so that to find a factor of 1 takes no time."""
+    BLOCK: tl.constexpr = 2048
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1:
-        whole = size // 16 * 16
-        i = tl.arange(0, BLOCK)
-        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, tl.num_programs(0) * BLOCK):
-            value = tl.load(gradient + start + i, start + i < whole, other=0.0).to(tl.float32)
-            tl.store(gradient + start + i, value * factor, start + i < whole)
-        if tl.program_id(0) == 0:
-            rest = whole + tl.arange(0, 16)
-            value = tl.load(gradient + rest, rest < size, other=0.0).to(tl.float32)
-            tl.store(gradient + rest, value * factor, rest < size)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            if start + BLOCK <= size:  # without a mask, of which the compiler does not know that it allows 16 bytes
+                tl.store(gradient + i, tl.load(gradient + i).to(tl.float32) * factor)
+            else:
+                tl.store(gradient + i, tl.load(gradient + i, i < size).to(tl.float32) * factor, i < size)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _count_kernel(target, counted, size, ignore_index):
     """How many labels are not ignored, one part a program."""
-    BLOCK: tl.constexpr = 1024
-    kept = tl.zeros([BLOCK], tl.int32)
-    for first in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
-        kept += _kept(target, first, size, 1, ignore_index, BLOCK)
+    kept = tl.zeros([1024], tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * 1024, size, tl.num_programs(0) * 1024):
+        kept += _kept(target, first, size, 1, ignore_index)
     tl.store(counted + tl.program_id(0), tl.sum(kept, axis=0))
 
 
@@ -612,8 +520,7 @@ def _count_kernel(target, counted, size, ignore_index):
 
 def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""
-    loss = student.new_empty(student.shape[::2], dtype=torch.float32)
-    _launch_forward(student, teacher, target, options, loss, gradient, False)
+    loss = _launch_forward(student, teacher, target, options, gradient, False)
     if options.reduction == "none":
         return loss
     total = loss.sum()  # of shares in the mean, where it is one
@@ -624,81 +531,65 @@ def backward(
     student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
-    if programs:
+    with torch.cuda.device_of(student):
+        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
         b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
-        with _device(student):
-            mode, counted, share = _count(student, target, options)
-            _backward_kernel[(programs,)](
-                student, teacher, target, gradient, upstream, counted, *scalars, share, b, r, COUNT=mode, **constants
-            )
+        tensors = student, teacher, target, gradient, upstream, counted
+        _backward_kernel[(programs,)](*tensors, *scalars, b, r, **constants)
 
 
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
-    found = student.new_empty((4, *student.shape[::2]), dtype=torch.float32)
-    _launch_forward(student, teacher, target, options._replace(reduction="none"), found, None, True)
-    return found
+    return _launch_forward(student, teacher, target, options._replace(reduction="none"), None, True)
 
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
-    size = gradient.numel()
-    if size:
-        with _device(gradient):
-            _scale_kernel[(min(-(-size // 2048), 1024),)](gradient, upstream, size, BLOCK=2048, num_warps=4)
+    programs = min(-(-gradient.numel() // 2048), 1024)
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(programs,)](gradient, upstream, gradient.numel(), num_warps=4)
 
 
-# --- launching ---
-
-# Launches of the forward kernel as they were, by the description of their tensors: what runs it, and all arguments but
-# these. Triton binds and specialises all arguments anew for every launch, which is much of what a small batch costs the
-# host. A training loop has two of them. An interpreted kernel is not compiled and has none.
+# Launches of the forward kernel by the description of their tensors: what runs it, and all arguments but these. To bind
+# and specialise them anew for every launch is much of what a small batch costs the host. Not of interpreted kernels.
 _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _launch_forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options,
-    loss: Tensor, gradient: Tensor | None, terms: bool,
-) -> None:  # fmt: skip
-    key = None
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None, terms: bool
+) -> Tensor:
+    loss = student.new_empty((4,) * terms + student.shape[::2], dtype=torch.float32)
     tensors = (student, teacher, target, student if gradient is None else gradient, loss)
+    key = (
+        student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
+        target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
+    )  # fmt: skip
     # Kernels are specialised for tensors that start on a multiple of 16 bytes.
-    if student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors):
-        key = (
-            student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
-            target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
-        )  # fmt: skip
-        if key in _REPLAYS:
+    repeats = student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        if repeats and key in _REPLAYS:
             run, arguments = _REPLAYS[key]
-            with _device(student):
-                run(*tensors, student, *arguments)
-            return
-    programs, scalars, constants = _launch(student, teacher, target, gradient, options)
-    if programs == 0:
-        return
-    with _device(student):
-        mode, counted, share = _count(student, target, options)
-        constants |= {"COUNT": mode, "GRADIENT": gradient is not None, "TERMS": terms}
-        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, share, **constants)
-    if key is not None and compiled is not None and mode != 2:
+            run(*tensors, student, *arguments)
+            return loss
+        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
+        constants |= {"GRADIENT": gradient is not None, "TERMS": terms}
+        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants)
+    if repeats and compiled is not None and constants["COUNT"] != 2:
         if len(_REPLAYS) == 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
-        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, share, *constexprs)
+        _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, *constexprs)
+    return loss
 
 
 def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
     """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
-    unused = student  # any address will do where a pointer is not followed
-    if options.reduction != "mean":
-        return 0, unused, 1.0
-    if target.is_floating_point():
-        return 0, unused, 1 / (student.shape[0] * student.shape[2])
+    counted = student  # any address will do where a pointer is not followed
+    if options.reduction != "mean" or target.is_floating_point():
+        return 0, counted, 1 / max(student.shape[0] * student.shape[2], 1) if options.reduction == "mean" else 1.0
     # To read 1024 labels takes no time, and saves a launch.
-    batches, rows = target.shape
-    if target.numel() <= 1024 and (batches == 1 or target.stride(0) == rows * target.stride(1)):
-        return 1, unused, 1.0
+    if target.numel() <= 1024 and (len(target) == 1 or target.stride(0) == target.shape[1] * target.stride(1)):
+        return 1, counted, 1.0
     labels = target.reshape(-1).contiguous()
     counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
     _count_kernel[counted.shape](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
@@ -707,7 +598,7 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
 
 def _launch(
     student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None, options: Options
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+) -> tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]:
     """How many programs, their arguments and what they are compiled for. Another number of rows compiles nothing.
 
     A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
@@ -720,30 +611,34 @@ def _launch(
     if rows == 1:
         batches, rows = 1, batches
     probabilities = target.is_floating_point()
-    q = target if probabilities else target[:, None]
+    # A label is where its row is, whatever the class.
+    q = target if probabilities else target[:, None].expand(student.shape)
     tensors = (student, teacher, q, student if gradient is None else gradient)
     strides = [_strides(tensor, student) for tensor in tensors]
-    if not probabilities:
-        strides[2] = (strides[2][0], 0, strides[2][2])
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
-    vector = 1
-    if not pixels:
-        walked = [i for i in range(4) if i != 2 or probabilities]
-        largest = max(tensors[i].element_size() for i in walked)
-        vector = math.gcd(16 // largest, classes, *(strides[i][axis] for i in walked for axis in (0, 2)))
+    walked = (0, 1, 2, 3) if probabilities else (0, 1, 3)
+    largest = max(tensors[i].element_size() for i in walked)
+    vector = 1 if pixels else math.gcd(16 // largest, classes, *(strides[i][j] for i in walked for j in (0, 2)))
     lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
     k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
     if classes > (512 if pixels else 8192):
         lanes, k = 16 if pixels else 512, 16 // vector
     warps = max(4, lanes if pixels else lanes // 32)
     block = warps * 32 // lanes
-    alpha_t, smoothing = options.alpha * options.temperature, options.label_smoothing
-    settings = (1 / options.temperature, alpha_t, alpha_t * options.temperature, options.hard_weight, smoothing)
-    scalars = (rows, *(stride for operand in strides for stride in operand), options.ignore_index, *settings)
-    return batches * -(-rows // block), scalars, {
+    alpha_t = options.alpha * options.temperature
+    mode, counted, share = _count(student, target, options)
+    settings = (
+        1 / options.temperature,
+        alpha_t,
+        alpha_t * options.temperature,
+        options.hard_weight,
+        options.label_smoothing,
+    )
+    scalars = (rows, options.ignore_index, *settings, share, *(stride for operand in strides for stride in operand))
+    return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
-        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0,
-        "PROBABILITIES": probabilities, "SMOOTHING": smoothing > 0, "PIXELS": pixels, "num_warps": warps,
+        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0, "num_warps": warps,
+        "PROBABILITIES": probabilities, "SMOOTHING": options.label_smoothing > 0, "PIXELS": pixels, "COUNT": mode,
     }  # fmt: skip
 
 
@@ -753,10 +648,3 @@ def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
     if student.shape[0] == 1:
         return 0, c, r
     return (0, c, b) if student.shape[2] == 1 else (b, c, r)
-
-
-def _device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return nullcontext()
