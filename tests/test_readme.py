@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,10 @@ def test_speed_tables_are_the_benchmark_s_last_result(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import plot
 
-    for path in (ROOT / "benchmarks" / "results").glob("c*.csv"):
+    published = [path for path in (ROOT / "benchmarks" / "results").glob("*.csv") if path.stem in ("cpu", "cuda")]
+    if not published:
+        pytest.skip("no run of the benchmark is published")
+    for path in published:
         rows = plot.read(path)
         for dtype in {row["dtype"] for row in rows}:
             assert plot.table([row for row in rows if row["dtype"] == dtype]) in README
