@@ -224,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     option("--device", choices=SHAPES, default=device)
     option("--shapes", nargs="+", help="only these; needs --out")
     option("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
-    option("--seconds", type=float, help="to measure each shape for, default 10; needs --out")
+    option("--seconds", type=float, help="to measure each shape for, default 4; needs --out")
     option("--out", type=folder, help="folder of the CSV file, instead of benchmarks/results")
     args = parser.parse_args(argv)
     device, shapes = args.device, args.shapes or list(SHAPES[args.device])
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for dtype in args.dtypes or DTYPES:
         for shape in shapes:
-            found = loss_rows(shape, dtype, device, args.seconds or 10.0, common)
+            found = loss_rows(shape, dtype, device, args.seconds or 4.0, common)
             title = f"{SHAPES[device][shape]} {shape} {dtype}, others took {found[0]['load']} of the CPU time"
             show(found, title, COLUMNS if device == "cuda" else COLUMNS[:-3])
             rows += found
