@@ -13,7 +13,7 @@ scikit-learn 1.9.1. Test accuracy in %, mean +- standard deviation; WSL - KD wit
 
     teacher         wrong on      CE            KD           WSL         WSL - KD     weight where right, wrong
     good teacher        16 %   57.6 +- 0.9   68.8 +- 0.4   67.6 +- 0.3    -1.1 +- 0.2            0.67   0.46
-    10 % misaligned     25 %   57.6 +- 0.9   66.2 +- 0.3   67.4 +- 0.4    +1.2 +- 0.6            0.67   0.30
+    10 % misaligned     25 %   57.6 +- 0.9   66.2 +- 0.3   67.4 +- 0.4    +1.3 +- 0.5            0.67   0.30
     20 % misaligned     33 %   57.6 +- 0.9   62.9 +- 0.8   66.5 +- 0.4    +3.6 +- 0.8            0.66   0.23
     40 % misaligned     50 %   57.6 +- 0.9   56.8 +- 1.0   65.5 +- 0.6    +8.7 +- 1.1            0.65   0.15
     weak teacher        35 %   57.6 +- 0.9   61.9 +- 0.3   62.7 +- 0.7    +0.8 +- 0.7            0.48   0.34

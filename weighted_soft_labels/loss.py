@@ -79,9 +79,10 @@ def wsl_loss(
     Raises:
         TypeError: An argument is not a tensor, or its dtype is not one of the above.
         ValueError: Shapes or devices do not fit together, or an option is out of range.
-        IndexError: On a CPU, an index target names no class. On a GPU, where looking would mean waiting, and
-            in compiled code the loss of that element is NaN.
-        RuntimeError: The gradient is differentiated again; ``weighted_soft_labels.reference`` supports that.
+        IndexError: On a CPU, an index target names no class. On a GPU, where looking would mean waiting, the loss
+            of that element is NaN.
+        RuntimeError, NotImplementedError: The gradient is differentiated again; vmap or forward-mode AD is at
+            work. ``weighted_soft_labels.reference`` supports them.
 
     Source:
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective",
