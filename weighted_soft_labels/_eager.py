@@ -80,7 +80,8 @@ class Row(NamedTuple):
 
 
 def _row(logits: Tensor, q: Tensor, temperature: float) -> Row:
-    peak, leader = logits.max(1, keepdim=True)
+    leader = logits.argmax(1, keepdim=True)  # max(1) starts threads even for one row: in a forked child it hangs
+    peak = logits.gather(1, leader)
     z = logits - torch.where(peak == math.inf, math.nan, peak)  # inf - inf at `leader` would be left out as well
     e, soft = z.exp(), (z / temperature).exp()
     rest, soft_rest = (mass.scatter(1, leader, 0.0).sum(1, keepdim=True) for mass in (e, soft))
@@ -185,10 +186,11 @@ def _count(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     label = target.long()  # compared in uint8, 156 would equal an ignore_index of -100
     kept = label != ignore_index
     if target.device.type == "cpu":
-        wrong = label[kept & ((label < 0) | (label >= classes))]
-        if len(wrong):
+        outside = kept & ((label < 0) | (label >= classes))
+        if outside.any():
+            wrong = int(label.flatten()[outside.flatten().int().argmax()])
             raise IndexError(
-                f"target must hold class indices in [0, {classes}) or ignore_index ({ignore_index}), got {wrong[0]}"
+                f"target must hold class indices in [0, {classes}) or ignore_index ({ignore_index}), got {wrong}"
             )
     return kept.sum()
 
