@@ -53,9 +53,7 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
     _count(target, student.shape[1], options.ignore_index)
     found = student.new_empty((4, student.shape[0], student.shape[2]), dtype=_dtype(student, teacher))
-    for b, r in _blocks(student):
-        q, kept = _label(target[b, ..., r], student.shape[1], options.ignore_index, found.dtype)
-        s, t = (_row(logits[b, :, r].to(found.dtype), q, options.temperature) for logits in (student, teacher))
+    for b, r, _, kept, s, t in _statistics(student, teacher, target, options):
         block = torch.cat((s.ce, t.ce, *_combine(s, t, options.temperature)), 1)
         found[:, b, r] = torch.where(kept, block, 0.0).movedim(1, 0)
     return found
@@ -77,6 +75,17 @@ class Row(NamedTuple):
     rest: Tensor  # sum of e without that one
     soft_rest: Tensor  # sum of soft without that one
     ce: Tensor
+
+
+def _statistics(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Row, Row]]:
+    """Block by block: its place in B and R, class probabilities, which rows take part, and both sets of logits."""
+    dtype = _dtype(student, teacher)
+    for b, r in _blocks(student):
+        q, kept = _label(target[b, ..., r], student.shape[1], options.ignore_index, dtype)
+        s, t = (_row(logits[b, :, r].to(dtype), q, options.temperature) for logits in (student, teacher))
+        yield b, r, q, kept, s, t
 
 
 def _row(logits: Tensor, q: Tensor, temperature: float) -> Row:
@@ -112,11 +121,8 @@ def _walk(
     gradient: Tensor | None,
 ) -> None:
     """Fill `loss` with that of every row, and `gradient` with its gradient times `unit`, block by block."""
-    dtype = _dtype(student, teacher)
-    unit = unit.to(dtype).expand(student.shape[0], student.shape[2])
-    for b, r in _blocks(student):
-        q, kept = _label(target[b, ..., r], student.shape[1], options.ignore_index, dtype)
-        s, t = (_row(logits[b, :, r].to(dtype), q, options.temperature) for logits in (student, teacher))
+    unit = unit.to(_dtype(student, teacher)).expand(student.shape[0], student.shape[2])
+    for b, r, q, kept, s, t in _statistics(student, teacher, target, options):
         weight, soft = _combine(s, t, options.temperature)
         if loss is not None:
             loss[b, r] = torch.where(kept, _loss(s, weight, soft, options), 0.0).squeeze(1)
