@@ -61,7 +61,7 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
 
 def scale_(gradient: Tensor, upstream: Tensor) -> None:
     """Multiply a gradient that was formed for an incoming gradient of 1, in place."""
-    if gradient.device.type != "cpu" or upstream.item() != 1:  # elsewhere, to look would be to wait
+    if not gradient.is_cpu or upstream.item() != 1:  # elsewhere, to look would be to wait
         gradient.mul_(upstream)
 
 

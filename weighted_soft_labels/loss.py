@@ -158,14 +158,13 @@ class WSLLoss(nn.Module):
 
 def check_options(options: Options) -> Options:
     """The options as plain numbers. Raises ValueError for one that is no number, or out of range."""
-    *numbers, index, reduction = options
-    temperature, alpha, hard_weight, label_smoothing = (
-        value if type(value) is float else _number(name, value, float) for name, value in zip(Options._fields, numbers)
-    )
-    index = index if type(index) is int else _number("ignore_index", index, int)
+    if {float} != set(map(type, options[:4])) or type(options.ignore_index) is not int:
+        kinds = dict.fromkeys(Options._fields[:4], float) | {"ignore_index": int}
+        options = options._replace(**{name: _number(name, getattr(options, name), kinds[name]) for name in kinds})
+    temperature, alpha, hard_weight, label_smoothing, _, reduction = options
     fits = 1e-37 < temperature < 1e38 and max(alpha, alpha * temperature * temperature, hard_weight) < 1e38
     if fits and alpha >= 0 and hard_weight >= 0 and 0 <= label_smoothing <= 1 and reduction in ("mean", "sum", "none"):
-        return Options(temperature, alpha, hard_weight, label_smoothing, index, reduction)
+        return options
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
@@ -369,7 +368,7 @@ def _plain(*tensors: Tensor) -> bool:
     included, key = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey
     return (
         not torch.compiler.is_compiling()
-        and {Tensor, nn.Parameter}.issuperset(map(type, tensors))
+        and {Tensor, nn.Parameter}.issuperset([type(tensor) for tensor in tensors])
         and not (included(key.Python) or included(key.PreDispatch) or torch._C._are_functorch_transforms_active())
     )
 
