@@ -143,7 +143,7 @@ def make_network(task: Task, width: int) -> nn.Module:
     for out in (width, 2 * width, 4 * width):
         stride = 2 if size > 4 else 1
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        channels, size = out, size // stride
+        channels, size = out, -(-size // stride)
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, classes))
     return network.to(task.train_images.device, memory_format=torch.channels_last)
 
