@@ -20,9 +20,9 @@ where the teacher, trained on other images, is
 at T = 4 and alpha = 2.25; and at T = 1 and 2, and alpha = 0.5, one at a time, without mistakes and with 20 % at random.
 All students of a seed, networks with 256 hidden units, start alike and see the same images in the same order.
 
-    dataset         student's images   teachers'                  epochs
-    digits          540, made noisy    60, 120, 250, 450          50
-    fashion-mnist   3000               300, 1000, 3000, 10000     15
+    dataset         student's images   teachers'                epochs   teachers'   seeds
+    digits          540, made noisy    60, 120, 250, 450            50          60       8
+    fashion-mnist   3000               300, 1000, 3000, 10000       15          10      10
 
 The folder --out gets teacher_mistakes.csv (a row for every seed, setting and loss), its means and 95 % intervals in
 teacher_mistakes_summary.csv, options and hardware in teacher_mistakes.json, and a figure. The table is complete after
@@ -49,9 +49,10 @@ LR = 3e-3  # of the students, at the top of its one cycle
 METHODS = ("CE", "KD", "WSL", "uniform")
 DIFFERENCES = (("WSL", "KD"), ("WSL", "uniform"), ("WSL", "CE"), ("KD", "CE"))
 SHARES = ("teacher_wrong", "weight_right", "weight_wrong")
+OPTIONS = ("train_images", "sizes", "epochs", "teacher_epochs", "seeds")
 BY_DATASET = {
-    "digits": {"train_images": 540, "sizes": [60, 120, 250, 450], "epochs": 50, "teacher_epochs": 60},
-    "fashion-mnist": {"train_images": 3000, "sizes": [300, 1000, 3000, 10000], "epochs": 15, "teacher_epochs": 10},
+    "digits": (540, [60, 120, 250, 450], 50, 60, 8),
+    "fashion-mnist": (3000, [300, 1000, 3000, 10000], 15, 10, 10),
 }
 
 
@@ -69,38 +70,34 @@ class Setting(NamedTuple):
 def settings(args: argparse.Namespace) -> list[Setting]:
     natural = [Setting(size, "none", 0.0, 0.0, 4.0, args.alpha) for size in args.sizes]
     good = natural[-1]
-    random = {share: good._replace(mistakes="random", share=share) for share in (0.1, 0.2, 0.4)}
+    random = [good._replace(mistakes="random", share=share) for share in (0.1, 0.2, 0.4)]
     changes: list[dict[str, float]] = [{"temperature": 1.0}, {"temperature": 2.0}, {"alpha": 0.5}]
     return [
         *natural,
-        *random.values(),
+        *random,
         *(good._replace(mistakes="systematic", share=share) for share in (0.2, 0.4)),
         *(good._replace(noise=noise) for noise in (0.2, 0.4)),
-        *(start._replace(**change) for start in (good, random[0.2]) for change in changes),
+        *(start._replace(**change) for start in (good, random[1]) for change in changes),
     ]
 
 
-# Teachers and their mistakes ----------------------------------------------------------------------------------------
+# Mistakes: what a seed draws for a share is among what it draws for a larger one --------------------------------------
 
 
-def train_teacher(task: Task, drawn: Tensor, args: argparse.Namespace) -> nn.Module:
-    """As many steps as the one with the most images takes in --teacher-epochs."""
-    steps = args.teacher_epochs * study.steps_per_epoch(max(args.sizes))
-    (teacher,) = study.train_teachers(task, drawn, steps // study.steps_per_epoch(len(drawn)))
-    return teacher
-
-
-# What the seed draws for a share is among what it draws for a larger one.
+def make_noisy(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+    """A share of the labels becomes a wrong one, any with the same chance."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(labels), generator=generator) < share * len(labels)
+    wrong = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    return torch.where(drawn, wrong, labels)
 
 
 def roll(logits: Tensor, labels: Tensor, share: float, seed: int) -> Tensor:
     """A share of the rows is rolled so that the largest logit is that of a wrong class, any with the same chance."""
-    generator = torch.Generator().manual_seed(seed)
-    count, classes = logits.shape
-    drawn = torch.randperm(count, generator=generator) < share * count
-    steps = labels + torch.randint(1, classes, (count,), generator=generator) - logits.argmax(1)
-    rolled = logits.gather(1, (torch.arange(classes) - steps[:, None]) % classes)
-    return torch.where(drawn[:, None], rolled, logits)
+    classes = logits.shape[1]
+    noisy = make_noisy(labels, classes, share, seed)
+    steps = (noisy - logits.argmax(1)).where(noisy != labels, 0)
+    return logits.gather(1, (torch.arange(classes) - steps[:, None]) % classes)
 
 
 def swap_classes(logits: Tensor, share: float, seed: int) -> Tensor:
@@ -111,14 +108,6 @@ def swap_classes(logits: Tensor, share: float, seed: int) -> Tensor:
     order = torch.arange(classes)
     order[pairs] = pairs.flip(1)
     return logits[:, order]
-
-
-def make_noisy(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    """A share of the labels becomes a wrong one, any with the same chance."""
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(labels), generator=generator) < share * len(labels)
-    wrong = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
-    return torch.where(drawn, wrong, labels)
 
 
 # One seed -----------------------------------------------------------------------------------------------------------
@@ -148,8 +137,8 @@ def train_student(
 def load_task(args: argparse.Namespace) -> Task:
     task = study.load_task(args.dataset, args.data, args.device)
     if args.dataset == "fashion-mnist":  # without its padding
-        images = (x[..., 2:-2, 2:-2].contiguous() for x in (task.train_images, task.test_images))
-        task = Task(next(images), task.train_labels, next(images), task.test_labels, task.augment)
+        train, test = (images[..., 2:-2, 2:-2].contiguous() for images in (task.train_images, task.test_images))
+        task = task._replace(train_images=train, test_images=test)
     return task
 
 
@@ -160,9 +149,9 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     images, labels, classes = task.train_images[own], task.train_labels[own].cpu(), int(task.train_labels.max()) + 1
     if args.dataset == "digits":
         images = task.augment(images)
-    cached = {}
+    steps, cached = args.teacher_epochs * study.steps_per_epoch(max(args.sizes)), {}  # as many for every teacher
     for size in args.sizes:
-        teacher = train_teacher(task, others[:size], args)
+        (teacher,) = study.train_teachers(task, others[:size], steps // study.steps_per_epoch(size))
         with torch.inference_mode():
             cached[size] = torch.cat([teacher(part) for part in images.split(study.EVALUATION_BATCH)]).cpu()
 
@@ -231,10 +220,10 @@ def name_of(row: Row) -> str:
 
 
 def print_table(summary: Sequence[Row]) -> None:
-    print(f"\n{summary[0]['seeds']:.0f} seeds: mean +- half a 95 % confidence interval (Student's t)")
+    print(f"\n{summary[0]['seeds']} seeds: mean +- half a 95 % confidence interval (Student's t)")
     print("Test accuracy in %, differences within a seed; wrong: in % of the student's images; weights by whether the")
     print("teacher is right by the label that is given, means over the training by WSL\n")
-    differences = [f"{a} - {b}" for a, b in DIFFERENCES]
+    differences = list(map(" - ".join, DIFFERENCES))
     names = ["teacher", "wrong", *METHODS, *differences, "weight if right", "if wrong"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in summary:
@@ -264,7 +253,6 @@ def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks([-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8)
     axes.set_xlabel("test accuracy of WSL (points)")
-    axes.set_title("What WSL gains", fontsize=10)
     axes.legend(fontsize=8)
 
 
@@ -285,15 +273,13 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
         plot_accuracies(axes, rows, title, "noise" if "labels" in title else "teacher_wrong")
     axes.legend(fontsize=8)
     plot_gains(figure.add_subplot(grid[:, 2]), summary)
-    title = f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']:.0f} seeds"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']} seeds", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
 def report(out: Path, options: Row) -> None:
-    rows = study.read_table(out / "teacher_mistakes.csv")
-    study.write_table(out / "teacher_mistakes_summary.csv", summarize(rows))
-    summary = study.read_table(out / "teacher_mistakes_summary.csv")
+    summary = summarize(study.read_table(out / "teacher_mistakes.csv"))
+    study.write_table(out / "teacher_mistakes_summary.csv", summary)
     print_table(summary)
     save_figure(out / "teacher_mistakes.png", summary, options)
     print(f"\nFigure: {out / 'teacher_mistakes.png'}")
@@ -304,14 +290,12 @@ def report(out: Path, options: Row) -> None:
 
 def main() -> None:
     parser = study.make_parser(__doc__, epochs=None, out="runs/teacher_mistakes")
-    parser.set_defaults(seeds=8)
     parser.add_argument("--sizes", type=int, nargs="+", help="images of the teachers (by dataset, see above)")
     args = parser.parse_args()
     if args.dataset not in BY_DATASET:
         parser.error(f"--dataset must be {' or '.join(BY_DATASET)}, got {args.dataset}")
-    for name, value in BY_DATASET[args.dataset].items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    parser.set_defaults(**dict(zip(OPTIONS, BY_DATASET[args.dataset])))
+    args = parser.parse_args()
     args.sizes = sorted(set(args.sizes))
     study.run(args, replicate, make_tables, report, restore)
 
