@@ -21,7 +21,7 @@ at T = 4 and alpha = 2.25; and at T = 1 and 2, and alpha = 0.5, one at a time, w
 All students of a seed, networks with 256 hidden units, start alike and see the same images in the same order.
 
     dataset         student's images   teachers'                epochs   teachers'   seeds
-    digits          540, made noisy    60, 120, 250, 450            50          60       8
+    digits          540, made noisy    60, 120, 250, 450            50          40       8
     fashion-mnist   3000               300, 1000, 3000, 10000       15          10      10
 
 The folder --out gets teacher_mistakes.csv (a row for every seed, setting and loss), its means and 95 % intervals in
@@ -51,7 +51,7 @@ DIFFERENCES = (("WSL", "KD"), ("WSL", "uniform"), ("WSL", "CE"), ("KD", "CE"))
 SHARES = ("teacher_wrong", "weight_right", "weight_wrong")
 OPTIONS = ("train_images", "sizes", "epochs", "teacher_epochs", "seeds")
 BY_DATASET = {
-    "digits": (540, [60, 120, 250, 450], 50, 60, 8),
+    "digits": (540, [60, 120, 250, 450], 50, 40, 8),
     "fashion-mnist": (3000, [300, 1000, 3000, 10000], 15, 10, 10),
 }
 
