@@ -28,6 +28,11 @@ from weighted_soft_labels import analysis
 from weighted_soft_labels.analysis import bias_variance, regularization_samples, wsl_terms
 
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
+RULES = {  # of regularization samples, by the derivatives a and b = g - a: NumPy's, torch's or decimal
+    "magnitude": lambda a, b: abs(b) > abs(a),
+    "opposing": lambda a, b: a + b > 0,
+    "signed": lambda a, b: b > a,
+}
 
 
 def models(shape, *, count=4, seed=0, scale=3.0, dtype=torch.float32, probabilities=False):
@@ -60,25 +65,29 @@ def slopes(s, t, q, temperature):
     return a, temperature * (q * (p_student - p_teacher)).sum() - a
 
 
-def assert_by_definition(found, student, teacher, target, temperature):
-    """On all elements but those where |b| = |a| to nine digits."""
+def assert_by_definition(found, student, teacher, target, temperature, rule="magnitude"):
+    """On all elements but those where |b| = |a|, or a + b = 0, to nine digits."""
     s, q = flat(student, target)
     t, _ = flat(teacher, target)
     a, b = np.array([slopes(*row, temperature) for row in zip(s, t, q, strict=True)]).reshape(-1, 2).T
-    clear = np.abs(np.abs(b) - np.abs(a)) > 1e-9 * (np.abs(a) + np.abs(b))
+    size = 1e-9 * (np.abs(a) + np.abs(b))
+    clear = (np.abs(np.abs(b) - np.abs(a)) > size) & (np.abs(a + b) > size)
     assert clear.all() or clear.mean() > 0.9
     assert found.dtype == torch.bool
-    assert (found.reshape(-1).numpy() == (np.abs(b) > np.abs(a)))[clear].all()
+    assert (found.reshape(-1).numpy() == RULES[rule](a, b))[clear].all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_regularization_samples_by_definition(shape, probabilities):
+@pytest.mark.parametrize("rule", RULES)
+def test_regularization_samples_by_definition(shape, probabilities, rule):
     for temperature in TEMPERATURES:
         inputs = problem(shape, probabilities=probabilities, scale=1.5)
-        found = regularization_samples(*inputs, temperature=temperature)
+        found = regularization_samples(*inputs, temperature=temperature, rule=rule)
         assert found.shape == shape[:1] * (len(shape) > 1) + shape[2:]
-        assert_by_definition(found, *inputs, temperature)
+        assert_by_definition(found, *inputs, temperature, rule)
+        if rule == "magnitude":
+            assert regularization_samples(*inputs, temperature=temperature).equal(found)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -110,13 +119,14 @@ def test_a_and_b_are_derivatives_of_the_losses_along_the_target(probabilities):
 
         at = torch.zeros(40, 1, dtype=torch.float64)
         a, b = (torch.func.grad(lambda eps, i=i: losses(eps)[i].sum())(at).squeeze(1) for i in range(2))
-        found = regularization_samples(student, teacher, target, temperature=temperature)
-        assert (found == (b.abs() > a.abs())).all()
+        for rule, holds in RULES.items():
+            found = regularization_samples(student, teacher, target, temperature=temperature, rule=rule)
+            assert (found == holds(a, b)).all()
 
 
 @functools.cache
 def exact(student, teacher, label, temperature):
-    """|b| > |a| in decimal arithmetic with 500 digits, in which 1 - exp(-1000) is not 1."""
+    """a and b in decimal arithmetic with 500 digits, in which 1 - exp(-1000) is not 1."""
     with localcontext() as context:
         context.prec = 500
 
@@ -125,8 +135,7 @@ def exact(student, teacher, label, temperature):
             return e[label] / sum(e)
 
         a = probability(student, 1) - 1
-        b = Decimal(temperature) * (probability(student, temperature) - probability(teacher, temperature)) - a
-        return abs(b) > abs(a)
+        return a, Decimal(temperature) * (probability(student, temperature) - probability(teacher, temperature)) - a
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -139,7 +148,8 @@ def arithmetic(request, monkeypatch):
 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-def test_regularization_samples_are_exact_for_confident_rows(dtype):
+@pytest.mark.parametrize("rule", RULES)
+def test_regularization_samples_are_exact_for_confident_rows(dtype, rule):
     cases = []
     for margin in (10.0, 40.0, 300.0, 1000.0):
         for ahead in (-3.5, -0.5, 0.5, 3.5):
@@ -147,22 +157,25 @@ def test_regularization_samples_are_exact_for_confident_rows(dtype):
                 cases += [((margin, 0.5, -1.0), (margin + ahead, 0.0, 0.0), 0, temperature)]
                 # The student knows better, or worse, than a teacher who is sure of another class.
                 cases += [((0.0, margin, -1.0), (-1.0, margin + ahead, 0.0), label, temperature) for label in (0, 1)]
-    expected = torch.tensor([exact(*case) for case in cases])
+    with localcontext() as context:
+        context.prec = 500
+        expected = torch.tensor([RULES[rule](*exact(*case)) for case in cases])
     assert 0.2 < expected.float().mean() < 0.95
     found = [
-        regularization_samples(*torch.tensor([s, t], dtype=dtype), torch.tensor(y), temperature=temperature)
+        regularization_samples(*torch.tensor([s, t], dtype=dtype), torch.tensor(y), temperature=temperature, rule=rule)
         for s, t, y, temperature in cases
     ]
     assert torch.stack(found).tolist() == expected.tolist()
 
     # What the definition makes of these rows as it stands, in float64.
     a, b = np.array([slopes(np.array(s), np.array(t), np.eye(3)[y], T) for s, t, y, T in cases]).T
-    assert (np.abs(b) > np.abs(a)).tolist() != expected.tolist()
+    assert RULES[rule](a, b).tolist() != expected.tolist()
 
 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("margin", [20.0, 80.0])
-def test_class_probabilities_do_not_cancel_for_confident_rows(margin):
+@pytest.mark.parametrize("rule", RULES)
+def test_class_probabilities_do_not_cancel_for_confident_rows(margin, rule):
     """One-hot probabilities go another way to the same answer, as far as float32 reaches: exp(-80)."""
     for temperature in (1.0, 2.0):
         student = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
@@ -170,9 +183,11 @@ def test_class_probabilities_do_not_cancel_for_confident_rows(margin):
         teacher = student.roll(1, 0)
         for label in (0, 2):
             target = torch.full((200,), label)
-            found = regularization_samples(student, teacher, target, temperature=temperature)
-            one_hot = F.one_hot(target, 5).float()
-            assert regularization_samples(student, teacher, one_hot, temperature=temperature).equal(found)
+            found, one_hot = (
+                regularization_samples(student, teacher, labels, temperature=temperature, rule=rule)
+                for labels in (target, F.one_hot(target, 5).float())
+            )
+            assert one_hot.equal(found)
 
 
 @pytest.mark.parametrize("shape", [(20000, 10), (40, 7, 30)])
@@ -189,6 +204,22 @@ def test_at_temperature_1_they_are_the_weights_below_1_minus_1_over_e(shape, sca
     assert 0.3 < found[clear].float().mean() < 0.7
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows(), st.booleans())
+def test_how_the_rules_contain_one_another(case, probabilities):
+    """Every sample that the soft term pulls down is one by all rules; what else there is, two of them share out."""
+    student, teacher, target, temperature = case
+    target = F.one_hot(target, student.shape[1]).to(student.dtype) if probabilities else target
+    for T in (1.0, temperature):
+        magnitude, opposing, signed = (
+            regularization_samples(student, teacher, target, temperature=T, rule=rule) for rule in RULES
+        )
+        assert (magnitude & signed).equal(opposing)
+        if T == 1:
+            assert magnitude.equal(opposing)
+            assert probabilities or signed.all()  # as probabilities, the student may be certain: then a = b = 0
+
+
 # --- regularization samples: ties, masks, garbage ---
 
 
@@ -200,26 +231,28 @@ def test_a_student_that_equals_its_teacher_has_none(temperature, shape, probabil
         student, _, target = problem(shape, scale=scale, probabilities=probabilities, dtype=torch.float16)
         for teacher in (student, student.float(), student.clone(memory_format=torch.contiguous_format)):
             assert not regularization_samples(student, teacher, target, temperature=temperature).any()
+            assert not regularization_samples(student, teacher, target, temperature=temperature, rule="opposing").any()
     masked = student.masked_fill(student < 0, -INF)
     assert not regularization_samples(masked, masked, target, temperature=temperature).any()
 
 
 def test_one_class_leaves_nothing_to_regularize():
-    assert not regularization_samples(torch.randn(3, 1), torch.randn(3, 1), torch.zeros(3).long()).any()
-    assert not regularization_samples(torch.randn(1), torch.randn(1), torch.ones(1)).any()
+    for rule in RULES:
+        assert not regularization_samples(torch.randn(3, 1), torch.randn(3, 1), torch.zeros(3).long(), rule=rule).any()
+        assert not regularization_samples(torch.randn(1), torch.randn(1), torch.ones(1), rule=rule).any()
 
 
 MASKED = [
-    # student, teacher, label, p'_s - p'_t and 1 - p_s at T = 4
-    ([-INF, 1.0, 0.0], [-INF, 0.0, 1.0], 0, False),  # 0 - 0
-    ([-INF, 1.0, 0.0], [9.0, 0.0, 0.0], 0, True),  # -4 * 0.83 against -2 * 1
-    ([-INF, 1.0, 0.0], [0.0, 0.0, 0.0], 0, False),  # -4 / 3 against -2 * 1
-    ([0.0, 1.0, 0.0], [-INF, 0.0, 0.0], 0, True),
-    ([0.0, -INF, -INF], [0.0, 0.0, -INF], 0, True),  # 4 * (1 - 1/2) against 0
-    ([0.0, 0.0, -INF], [0.0, -INF, -INF], 0, True),  # -4 * 1/2 against -2 * 1/2
-    ([0.0, -INF, -INF], [5.0, -INF, -INF], 0, False),  # both certain
-    ([0.0, -INF, 1.0], [0.0, -INF, 1.0], 0, False),
-    ([1.0, -INF, 0.0], [0.0, 5.0, -INF], 0, True),
+    # student, teacher, label, which rules hold; p'_s - p'_t and 1 - p_s at T = 4
+    ([-INF, 1.0, 0.0], [-INF, 0.0, 1.0], 0, "signed"),  # 0 - 0 against 1
+    ([-INF, 1.0, 0.0], [9.0, 0.0, 0.0], 0, "magnitude"),  # -4 * 0.83 against -2 * 1
+    ([-INF, 1.0, 0.0], [0.0, 0.0, 0.0], 0, "signed"),  # -4 / 3 against -2 * 1
+    ([0.0, 1.0, 0.0], [-INF, 0.0, 0.0], 0, "magnitude opposing signed"),
+    ([0.0, -INF, -INF], [0.0, 0.0, -INF], 0, "magnitude opposing signed"),  # 4 * (1 - 1/2) against 0
+    ([0.0, 0.0, -INF], [0.0, -INF, -INF], 0, "magnitude"),  # -4 * 1/2 against -2 * 1/2
+    ([0.0, -INF, -INF], [5.0, -INF, -INF], 0, ""),  # both certain
+    ([0.0, -INF, 1.0], [0.0, -INF, 1.0], 0, "signed"),
+    ([1.0, -INF, 0.0], [0.0, 5.0, -INF], 0, "magnitude opposing signed"),
 ]
 
 
@@ -227,32 +260,36 @@ MASKED = [
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_masked_classes(student, teacher, label, expected, probabilities):
     target = F.one_hot(torch.tensor(label), 3).float() if probabilities else torch.tensor(label)
-    found = regularization_samples(torch.tensor(student), torch.tensor(teacher), target, temperature=4.0)
-    assert found.item() == expected
+    for rule in RULES:
+        logits = torch.tensor([student, teacher])
+        found = regularization_samples(*logits, target, temperature=4.0, rule=rule)
+        assert found.item() == (rule in expected.split())
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_nan_and_inf_make_their_element_none_and_no_other(poison, which, probabilities):
+@pytest.mark.parametrize("rule", RULES)
+def test_nan_and_inf_make_their_element_none_and_no_other(poison, which, probabilities, rule):
     student, teacher, target = problem((40, 6), probabilities=probabilities)
-    expected = regularization_samples(student, teacher, target)
+    expected = regularization_samples(student, teacher, target, rule=rule)
     (student, teacher)[which][::2, 3] = poison
     (student, teacher)[which][0] = -INF
     expected[::2] = False
-    assert regularization_samples(student, teacher, target).equal(expected)
+    assert regularization_samples(student, teacher, target, rule=rule).equal(expected)
     assert expected.any()
 
 
 @pytest.mark.parametrize("garbage", [NAN, INF, -INF, 1e30])
 @pytest.mark.parametrize("ignore_index", [-100, 255, 0])
-def test_ignored_elements_are_none(garbage, ignore_index):
+@pytest.mark.parametrize("rule", RULES)
+def test_ignored_elements_are_none(garbage, ignore_index, rule):
     student, teacher, target = problem((30, 7))
     target = target.clamp(min=1)
-    expected = regularization_samples(student, teacher, target)
+    expected = regularization_samples(student, teacher, target, rule=rule)
     student[::3, 1:], target[::3] = garbage, ignore_index
     expected[::3] = False
-    assert regularization_samples(student, teacher, target, ignore_index=ignore_index).equal(expected)
+    assert regularization_samples(student, teacher, target, ignore_index=ignore_index, rule=rule).equal(expected)
     assert expected.any()
 
 
@@ -659,6 +696,7 @@ def test_inputs_of_regularization_samples(inputs, error, message):
         ({"temperature": 0}, "temperature must be finite and > 0, got 0"),
         ({"temperature": "4"}, "temperature must be a number, got '4'"),
         ({"ignore_index": None}, "ignore_index must be an int, got None"),
+        ({"rule": "both"}, "rule must be one of magnitude, opposing, signed, got 'both'"),
     ],
 )
 def test_options_of_regularization_samples(options, message):

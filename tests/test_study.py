@@ -93,8 +93,8 @@ def test_regularization_samples_writes_a_row_for_every_seed_loss_and_epoch(finis
     for row in students:
         assert float(row["share"]) == pytest.approx(int(row["regularization_samples"]) / 120, abs=1e-4)
         assert 0 < float(row["weight"]) < 1
-        above, share = float(row["share_above"]), float(row["share"])
-        assert above == share if row["temperature"] == "1" else above <= share
+        opposing, share = float(row["share_opposing"]), float(row["share"])
+        assert opposing == share if row["temperature"] == "1" else opposing <= share
         assert (row["test_accuracy"] != "") == (row["epoch"] == "2")
 
     assert "Differences in test accuracy within a seed" in printed

@@ -16,6 +16,7 @@ __all__ = ["BiasVariance", "WSLTerms", "bias_variance", "regularization_samples"
 
 # Logits at a time, of which there are about ten copies in scratch memory: as many as stay in the cache.
 CHUNK = 2**16
+RULES = ("magnitude", "opposing", "signed")  # of regularization samples
 
 
 class WSLTerms(NamedTuple):
@@ -91,26 +92,28 @@ def regularization_samples(
     *,
     temperature: float = 2.0,
     ignore_index: int = -100,
+    rule: str = "magnitude",
 ) -> Tensor:
     r"""Which elements are regularization samples: distillation pulls more on the variance than on the bias.
 
     On the student's logit of the true class y, ``a = d CE / d s_y`` stands for the bias and
-    ``b = d (L_kd - CE) / d s_y`` for the variance, where ``L_kd = T^2 * CE(s / T, softmax(t / T))``. An element is a
-    regularization sample if ``|b| > |a|``. With p the probability of y, at temperature 1 and (primed) at T::
+    ``b = d (L_kd - CE) / d s_y`` for the variance, where ``L_kd = T^2 * CE(s / T, softmax(t / T))``. With p the
+    probability of y, at temperature 1 and (primed) at T::
 
-        a = p_s - 1 <= 0        b = x - a        x = T * (p'_s - p'_t)
-        |b| > |a|   <=>   x > 0   or   -x > 2 * (1 - p_s)
+        a = p_s - 1 <= 0        b = g - a        g = d L_kd / d s_y = T * (p'_s - p'_t)
+        "magnitude"  |b| > |a|   <=>   g > 0   or   -g > 2 * (1 - p_s)
+        "opposing"   g > 0       <=>   the soft term lowers the label's logit, which the hard term never does
+        "signed"     b > a       <=>   -g < 2 * (1 - p_s)
+
+    Every element with g > 0 is one by all three rules. At T = 1, ``-g <= 1 - p_s``: the first two are one rule, the
+    third holds for every element, and g > 0 says that the student is better than the teacher on this label already,
+    ``student_ce < teacher_ce``, or ``weight < 1 - 1/e`` (see :func:`wsl_terms`; up to the 1e-7 that the weight adds to
+    the teacher's cross-entropy). A student that equals its teacher has g = 0, at any temperature.
 
     Of a probability near 1 there is nothing left of ``1 - p``, but all of it in the log-odds,
     ``l = log(p / (1 - p)) = s_y - logsumexp of the other logits``, by which both sides can be told apart however
-    confident the models are::
-
-        x > 0   <=>   l'_s > l'_t
-        -x = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))        compared with 2 * (1 - p_s) by the logarithms
-
-    At T = 1, ``-x <= 1 - p_s``, so what remains is ``p_s > p_t``: the student is better than the teacher on this label
-    already. That is ``student_ce < teacher_ce``, or ``weight < 1 - 1/e`` (see :func:`wsl_terms`; up to the 1e-7 that
-    the weight adds to the teacher's cross-entropy). A student that equals its teacher has none, at any temperature.
+    confident the models are: ``g > 0 <=> l'_s > l'_t``, and the logarithm of 2 * (1 - p_s) is compared with that of
+    ``-g = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))``.
 
     Args:
         student_logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` with any strides; float16, bfloat16, float32 or
@@ -118,21 +121,22 @@ def regularization_samples(
         teacher_logits: Same shape and device; the dtype may differ.
         target: Class indices shaped like the logits without the class dimension, or class probabilities q shaped like
             the logits. For those, a and b are the derivatives along q, as the logits go from s to s + eps * q:
-            ``a = sum_c q_c * (p_c - q_c)`` and ``x = T * sum_c q_c * (p'_s,c - p'_t,c)``. For one-hot q that is the
-            case of an index; other q have no such relation to ``weight``.
+            ``a = sum_c q_c * (p_c - q_c)`` and ``g = T * sum_c q_c * (p'_s,c - p'_t,c)``. For one-hot q that is the
+            case of an index; for other q, a may be > 0, and the rules are as they stand on the left.
         temperature: T > 0 of `L_kd`, any float. Default 2, the loss's. Numbers of samples compare at one T only.
         ignore_index: Elements with this index target are none, whatever their logits hold.
+        rule: ``"magnitude"`` (default), ``"opposing"`` or ``"signed"``. Which one the paper prints is not known to us.
 
     Returns:
         A bool tensor, shaped like an index target, computed in float64 (on MPS: float32). False where a logit is NaN.
 
     Raises:
-        TypeError, ValueError: As :func:`weighted_soft_labels.wsl_loss`.
+        TypeError, ValueError: As :func:`weighted_soft_labels.wsl_loss`; ValueError for another rule.
         IndexError: On a CPU, an index target names no class. On a GPU and in compiled code that element is False.
 
     Source:
-        Zhou et al., ICLR 2021: the samples that let the bias grow and the variance shrink, of which label-smoothed
-        teachers have more. The derivatives are compared by magnitude; at T = 1, ``b > a`` holds for nearly every one.
+        Zhou et al., ICLR 2021: the samples that let the bias grow ("opposing") and the variance shrink, of which
+        label-smoothed teachers have more.
 
     Example:
         >>> import torch
@@ -144,7 +148,8 @@ def regularization_samples(
     """
     options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
-    temperature, ignore_index = options.temperature, options.ignore_index
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     student, teacher = _classes_last(student_logits), _classes_last(teacher_logits)
     classes = student.shape[-1]
 
@@ -153,10 +158,10 @@ def regularization_samples(
         s, t = (_rows(logits, box) for logits in (student, teacher))
         s, t = s - s.amax(-1, keepdim=True), t - t.amax(-1, keepdim=True)
         if target.is_floating_point():
-            rows = _regularize_along(_rows(_classes_last(target), box), s, t, temperature)
+            rows = _regularize_along(_rows(_classes_last(target), box), s, t, options.temperature, rule)
         else:
-            label, kept = _label(target[box], classes, ignore_index)
-            rows = _regularize(label, s, t, temperature) & kept.squeeze(-1)
+            label, kept = _label(target[box], classes, options.ignore_index)
+            rows = _regularize(label, s, t, options.temperature, rule) & kept.squeeze(-1)
         found[box] = rows.view(found[box].shape)
     return found
 
@@ -287,13 +292,15 @@ def _label(target: Tensor, classes: int, ignore_index: int | None = None) -> tup
     return label.where(kept, 0), kept
 
 
-# --- the rule of regularization samples; logits are (n, C) with maximum 0, results (n,) ---
+# --- the rules of regularization samples; logits are (n, C) with maximum 0, results (n,) ---
 
 
-def _regularize(label: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def _regularize(label: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str) -> Tensor:
     s, t = _log_odds(student, label, temperature), _log_odds(teacher, label, temperature)
     log_lag = math.log(temperature) + F.logsigmoid(t) + F.logsigmoid(-s) + (-torch.expm1(s - t)).log()
-    return (s > t) | (log_lag > math.log(2) + F.logsigmoid(-_log_odds(student, label, 1.0)))
+    log_lag = torch.where(s == t, -math.inf, log_lag)  # also where both are infinite
+    limit = math.log(2) + F.logsigmoid(-_log_odds(student, label, 1.0))
+    return (s > t) | {"magnitude": log_lag > limit, "opposing": s > t, "signed": log_lag < limit}[rule]
 
 
 def _log_odds(z: Tensor, label: Tensor, temperature: float) -> Tensor:
@@ -302,14 +309,15 @@ def _log_odds(z: Tensor, label: Tensor, temperature: float) -> Tensor:
     return z.gather(-1, label).squeeze(-1) / temperature - (others / temperature).logsumexp(-1)
 
 
-def _regularize_along(q: Tensor, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """For class probabilities; where the probabilities of all but one class underflow, x and a are 0."""
+def _regularize_along(q: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str) -> Tensor:
+    """For class probabilities; where the probabilities of all but one class underflow, g and a are 0."""
     p = student.softmax(-1)
     p_student, p_teacher = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)
     a = _derivative(q, q.sum(-1, keepdim=True) * p - q, p)
-    x = temperature * _derivative(q, p_student - p_teacher, p_student + p_teacher)
-    # |x - a| > |a|, without the difference.
-    return ((x > 0) & (x > 2 * a)) | ((x < 0) & (x < 2 * a))
+    g = temperature * _derivative(q, p_student - p_teacher, p_student + p_teacher)
+    # b = g - a, and |g - a| > |a| without the difference.
+    magnitude = ((g > 0) & (g > 2 * a)) | ((g < 0) & (g < 2 * a))
+    return {"magnitude": magnitude, "opposing": g > 0, "signed": g > 2 * a}[rule]
 
 
 def _derivative(q: Tensor, gradient: Tensor, p: Tensor) -> Tensor:

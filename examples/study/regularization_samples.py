@@ -16,10 +16,10 @@ smoothings, and from each of them, at several temperatures T, students with
               for every sample. What WSL gains over it is gained by telling samples apart
 
 and one student with cross-entropy alone (CE). Regularization samples are counted on the images of every training step,
-as the student sees them then. They are of two kinds: above, where the student's probability of the label at T is above
-the teacher's, so that the soft term pulls it down; and far below, where it pulls up by more than twice what the hard
-term does. At T = 1 all are above. Which rule the paper prints could not be verified; were it the signed one, b > a, all
-images but those far below would count. All students of a seed start alike and see the same images in the same order.
+as the student sees them then. Which rule the paper prints could not be verified, so they are counted by all three:
+opposing, where the soft term pulls the logit of the label down; magnitude, those and the ones far below, where it pulls
+up by more than twice what the hard term does; signed, all but the ones far below. At T = 1 none is far below. All
+students of a seed start alike and see the same images in the same order.
 
 The folder --out gets regularization_samples.csv (a row for every seed, label smoothing, T, loss and epoch; test
 accuracy and NLL in the last), options and hardware in regularization_samples.json, and two figures. STUDY.md holds what
@@ -47,9 +47,9 @@ from torch import Tensor, nn
 from weighted_soft_labels.analysis import regularization_samples, wsl_terms
 
 LOSSES = ("KD", "dropped", "uniform", "WSL")
-KINDS = ("both", "above", "far below")  # of regularization samples
+RULES = ("magnitude", "opposing", "signed")
 PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
-COLUMNS = ("regularization_samples", "share", "share_above", "weight", "test_accuracy", "test_nll")
+COLUMNS = ("regularization_samples", "share", "share_opposing", "weight", "test_accuracy", "test_nll")
 
 
 class Method(NamedTuple):
@@ -58,27 +58,18 @@ class Method(NamedTuple):
     temperature: float | None = None
 
 
-# The losses that are here to be compared with -----------------------------------------------------------------------
+# The loss that is here to be compared with -----------------------------------------------------------------------
 
 
 def make_student_loss(method: Method, alpha: float) -> study.Loss:
     T = method.temperature
 
-    def soft_terms(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return T**2 * F.cross_entropy(student_logits / T, (teacher_logits / T).softmax(1), reduction="none")
-
     def dropped(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         kept = ~regularization_samples(student_logits, teacher_logits, labels, temperature=T)
-        soft = soft_terms(student_logits, teacher_logits)
-        return F.cross_entropy(student_logits, labels) + alpha * (kept * soft).mean()
+        soft = F.cross_entropy(student_logits / T, (teacher_logits / T).softmax(1), reduction="none")
+        return F.cross_entropy(student_logits, labels) + alpha * T**2 * (kept * soft).mean()
 
-    def uniform(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        weight = wsl_terms(student_logits, teacher_logits, labels).weight.mean()
-        soft = soft_terms(student_logits, teacher_logits)
-        return F.cross_entropy(student_logits, labels) + alpha * weight * soft.mean()
-
-    here = {"dropped": dropped, "uniform": uniform}
-    return here[method.loss] if method.loss in here else study.make_loss(method.loss, T, alpha)
+    return dropped if method.loss == "dropped" else study.make_loss(method.loss, T, alpha)
 
 
 # One seed -----------------------------------------------------------------------------------------------------------
@@ -117,13 +108,11 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
 
 def count(seen: study.Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
     of = student_logits, seen.teacher_logits[teacher], seen.labels
-    found = regularization_samples(*of, temperature=temperature)
-    # The rule at temperature 1, of logits that are divided by T: whose probability of the label at T is larger.
-    above = regularization_samples(of[0] / temperature, of[1] / temperature, of[2], temperature=1.0)
+    found, opposing = (regularization_samples(*of, temperature=temperature, rule=rule) for rule in RULES[:2])
     return {
         "regularization_samples": int(found.sum()),
         "share": found.float().mean().item(),
-        "share_above": above.float().mean().item(),
+        "share_opposing": opposing.float().mean().item(),
         "weight": wsl_terms(*of).weight.mean().item(),
     }
 
@@ -171,13 +160,13 @@ class Results(NamedTuple):
         """After the last epoch, unless another one is asked for."""
         return column(self.rows, name, epoch=epoch or self.epochs, **method._asdict())
 
-    def share(self, method: Method, name: str = "share") -> Tensor:
-        """Regularization samples, of both kinds unless one is asked for, in % of the images of all epochs."""
-        return 100 * torch.stack([self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
-
-    def kinds(self, method: Method) -> dict[str, Tensor]:
-        both, above = self.share(method), self.share(method, "share_above")
-        return dict(zip(KINDS, (both, above, both - above)))
+    def shares(self, method: Method) -> dict[str, Tensor]:
+        """Regularization samples by rule, in % of the images of all epochs."""
+        magnitude, opposing = (
+            100 * torch.stack([self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
+            for name in ("share", "share_opposing")
+        )
+        return dict(zip(RULES, (magnitude, opposing, 100 - (magnitude - opposing))))  # signed: all but those far below
 
     def accuracy(self, method: Method) -> Tensor:
         return self.of(method, "test_accuracy")
@@ -214,25 +203,25 @@ def print_report(results: Results, options: Row) -> None:
     rows = {(T, smoothing): [results.difference(*pair, smoothing, T) for pair in PAIRS] for T, smoothing in settings}
     print_table(map(" - ".join, PAIRS), rows, "+")
 
-    print("\nRegularization samples of KD, in % of the images of all epochs\n")
-    kinds = {(T, smoothing): results.kinds(Method("KD", smoothing, T)) for T, smoothing in settings}
-    print_table(KINDS, {setting: found.values() for setting, found in kinds.items()})
+    print("\nRegularization samples of KD by three rules, in % of the images of all epochs\n")
+    shares = {(T, smoothing): results.shares(Method("KD", smoothing, T)) for T, smoothing in settings}
+    print_table(RULES, {setting: found.values() for setting, found in shares.items()})
 
     if len(smoothings) > 1:
         print(f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n")
         rows = {}
         for T, smoothing in product(temperatures, smoothings[1:]):
-            changes = [kinds[T, smoothing][kind] - kinds[T, smoothings[0]][kind] for kind in KINDS]
+            changes = [shares[T, smoothing][rule] - shares[T, smoothings[0]][rule] for rule in RULES]
             tested = [results.accuracy(Method("KD", of, T)) for of in (smoothing, smoothings[0])]
             rows[T, smoothing] = [*changes, tested[0] - tested[1]]
-        print_table((*KINDS, "accuracy"), rows, "+")
+        print_table((*RULES, "accuracy"), rows, "+")
 
 
 def save_counts(path: Path, results: Results, options: Row) -> None:
-    """Regularization samples by epoch, one panel a temperature; then accuracy against their share (both kinds, one)."""
+    """Regularization samples by epoch, one panel a temperature; then accuracy against their share, one a rule."""
     smoothings, temperatures = options["smoothings"], options["temperatures"]
     shades = colormaps["viridis"](torch.linspace(0, 0.85, len(smoothings)).numpy())
-    panels = len(temperatures) + 2
+    panels = len(temperatures) + len(RULES)
     figure = Figure(figsize=(3.6 * panels, 3.8), layout="constrained")
     axes = figure.subplots(1, panels)
     for axis, T in zip(axes, temperatures):
@@ -248,15 +237,15 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
     axes[0].set_ylabel("regularization samples (% of images)")
     axes[0].legend(title="label smoothing\nof the teacher", fontsize=8, title_fontsize=8)
 
-    for axis, kind in zip(axes[-2:], KINDS):
+    for axis, rule in zip(axes[-len(RULES) :], RULES):
         for marker, T in zip("os^Dv<>p*hX", temperatures):
             for shade, smoothing in zip(shades, smoothings):
                 method = Method("KD", smoothing, T)
-                values = results.kinds(method)[kind], results.accuracy(method)
+                values = results.shares(method)[rule], results.accuracy(method)
                 (x, dx), (y, dy) = map(confidence_interval, values)
                 axis.errorbar(x, y, dy, dx, color=shade, marker=marker, capsize=2)
             axis.plot([], [], marker, color="black", label=f"T = {T:g}")
-        axis.set_title(f"KD, {kind} kinds" if kind == "both" else f"KD, {kind}", fontsize=10)
+        axis.set_title(f"KD, by the rule {rule}", fontsize=10)
         axis.set_xlabel("regularization samples (% of images)")
         axis.set_ylabel("test accuracy (%)")
     axes[-1].legend(fontsize=8)

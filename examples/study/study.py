@@ -1,4 +1,4 @@
-"""What bias_variance.py and regularization_samples.py share: data, networks, training, seeds, and tables of results.
+"""What the scripts of this folder share: data, networks, losses, training, seeds, and tables of results.
 
 A replicate is everything that one seed decides: which training images are drawn, the teachers, the first weights of the
 students, the order of the images and what is done to them. Students of different losses differ in nothing else, so
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import gzip
 import io
 import json
 import math
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from weighted_soft_labels import wsl_loss
+from weighted_soft_labels.analysis import wsl_terms
 
 BATCH = 100
 EVALUATION_BATCH = 500
@@ -85,12 +87,19 @@ def load_digits() -> tuple[Tensor, ...]:
 
 
 def load_split(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Downloaded to `root` unless it is there; normalised, and padded to 32 x 32."""
-    import torchvision  # here, as it is slow to import and not always needed
-
+    """Of Debian's Fashion-MNIST in `root`, or downloaded there unless it is; normalised, and padded to 32 x 32."""
     name, mean, std = DATASETS[dataset]
-    split = getattr(torchvision.datasets, name)(root, train=train, download=True)
-    images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
+    prefix = "train" if train else "t10k"
+    debian = [root / f"{prefix}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]
+    if dataset == "fashion-mnist" and debian[0].exists():
+        contents = (bytearray(gzip.decompress(file.read_bytes())) for file in debian)
+        images, labels = (torch.frombuffer(content, dtype=torch.uint8) for content in contents)
+        images, labels = images[16:].view(-1, 28, 28), labels[8:].long()
+    else:
+        import torchvision  # here, as it is slow to import and not always needed
+
+        split = getattr(torchvision.datasets, name)(root, train=train, download=True)
+        images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
     if name == "FashionMNIST":
         images = F.pad(images, (2, 2, 2, 2)).unsqueeze(3)
     images = (images - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
@@ -134,7 +143,7 @@ def make_network(task: Task, width: int) -> nn.Module:
     for out in (width, 2 * width, 4 * width):
         stride = 2 if size > 4 else 1
         layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
-        channels, size = out, size // stride
+        channels, size = out, -(-size // stride)
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, classes))
     return network.to(task.train_images.device, memory_format=torch.channels_last)
 
@@ -151,7 +160,13 @@ def make_loss(name: str, temperature: float | None = None, alpha: float = 0.0, l
     def wsl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         return wsl_loss(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha)
 
-    return {"CE": ce, "KD": kd, "WSL": wsl}[name]
+    def uniform(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """WSL with the mean weight of the batch for all: what WSL gains over it is gained by telling samples apart."""
+        weight = wsl_terms(student_logits, teacher_logits, labels).weight.mean()
+        soft = F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(1))
+        return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * weight * soft
+
+    return {"CE": ce, "KD": kd, "WSL": wsl, "uniform": uniform}[name]
 
 
 class Learner:
@@ -228,13 +243,13 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def run_seeds(
-    replicate: Callable[[argparse.Namespace, int], Result], args: argparse.Namespace
+    replicate: Callable[[argparse.Namespace, int], Result], args: argparse.Namespace, seeds: Sequence[int]
 ) -> Iterator[tuple[int, Result]]:
     """Yields seeds and what `replicate` makes of them, as they finish. It has to be a function of a module."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(args.workers, args.seeds), context, initializer=start_worker) as pool:
-        futures = {pool.submit(replicate, args, seed): seed for seed in range(args.seeds)}
-        for future in tqdm(as_completed(futures), total=args.seeds, unit="seed"):
+    with ProcessPoolExecutor(max(1, min(args.workers, len(seeds))), context, initializer=start_worker) as pool:
+        futures = {pool.submit(replicate, args, seed): seed for seed in seeds}
+        for future in tqdm(as_completed(futures), total=len(seeds), unit="seed"):
             yield futures[future], future.result()
 
 
@@ -298,11 +313,16 @@ def show(values: Tensor, digits: int = 2, sign: str = "") -> str:
     return f"{mean:{sign}.{digits}f} +- {half:.{digits}f}"
 
 
+def options(args: argparse.Namespace) -> Row:
+    """Those that decide what comes out."""
+    elsewhere = ("out", "data", "report", "workers", "device")
+    return {name: value for name, value in vars(args).items() if name not in elsewhere}
+
+
 def describe_run(args: argparse.Namespace, seconds: float) -> Row:
     """Options and machine, for the file beside the tables."""
-    elsewhere = ("out", "data", "report", "workers", "device")
     return {
-        **{name: value for name, value in vars(args).items() if name not in elsewhere},
+        **options(args),
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else processor(),
         "workers": args.workers,
         "torch": torch.__version__,
@@ -320,17 +340,17 @@ def processor() -> str:
 # The command line ---------------------------------------------------------------------------------------------------
 
 
-def make_parser(doc: str, *, epochs: int, out: str) -> argparse.ArgumentParser:
+def make_parser(doc: str, *, epochs: int | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
+    option, default = parser.add_argument, epochs or "by dataset, see above"
     option("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
     option(
         "--data", type=Path, default=Path("data"), help="folder of the dataset, downloaded if it is not there (data)"
     )
     option("--train-images", type=int, help="drawn for each seed (all)")
     option("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
-    option("--epochs", type=int, default=epochs, help=f"of a student ({epochs})")
-    option("--teacher-epochs", type=int, default=epochs, help=f"({epochs})")
+    option("--epochs", type=int, default=epochs, help=f"of a student ({default})")
+    option("--teacher-epochs", type=int, default=epochs, help=f"({default})")
     option("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)")
     option("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     option("--workers", type=int, default=os.cpu_count(), help="seeds side by side (as many as there are cores)")
@@ -344,26 +364,41 @@ def run(
     replicate: Callable[[argparse.Namespace, int], Result],
     tables: Callable[[list[Result]], dict[str, list[Row]]],
     report: Callable[[Path, Row], None],
+    restore: Callable[[Path], dict[int, Result]] | None = None,
 ) -> None:
     """Train unless only a report was asked for, then report.
 
     After every seed there is a complete table of the seeds so far, under the names that `tables` gives them, and a file
-    of options and hardware under the script's own name.
+    of options and hardware under the script's own name. With `restore`, which reads the results of those seeds from
+    there, a run that was killed goes on, and one that was not takes more seeds.
     """
     described = args.out / f"{Path(sys.argv[0]).stem}.json"
     if not args.report:
+        results, seconds = {}, 0.0
         if described.exists():
-            raise FileExistsError(f"{args.out} holds results: --report shows them; choose another --out for new ones")
+            if restore is None:
+                raise FileExistsError(
+                    f"{args.out} holds results: --report shows them; choose another --out for new ones"
+                )
+            before = json.loads(described.read_text())
+            check_same_options(args, before)
+            results, seconds = restore(args.out), 60 * before["minutes"]
         if args.seeds < 2:
             raise ValueError(f"--seeds must be at least 2, got {args.seeds}")
         draw(
             load_task(args.dataset, args.data, args.device), args.train_images
         )  # what fails there fails before training
         args.out.mkdir(parents=True, exist_ok=True)
-        start, results = time.perf_counter(), {}
-        for seed, result in run_seeds(replicate, args):
+        start = time.perf_counter() - seconds
+        for seed, result in run_seeds(replicate, args, [seed for seed in range(args.seeds) if seed not in results]):
             results[seed] = result
             for name, rows in tables([results[seed] for seed in sorted(results)]).items():
                 write_table(args.out / f"{name}.csv", rows)
             write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
     report(args.out, json.loads(described.read_text()))
+
+
+def check_same_options(args: argparse.Namespace, before: Row) -> None:
+    for name, value in options(args).items():
+        if name != "seeds" and value != before[name]:
+            raise ValueError(f"{args.out} holds results of {name} {before[name]}, got {value}: choose another --out")

@@ -1,0 +1,304 @@
+"""When does WSL pay? Students of teachers that are wrong in several ways, and of labels that are.
+
+    pip install "weighted-soft-labels[examples]"
+    python teacher_mistakes.py
+
+For every seed, students learn a few images, which stay as they are, so that they overfit, by
+
+    CE        cross-entropy with the labels alone
+    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: the same weight for every image
+    WSL       CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
+    uniform   KD with the mean of the batch's WSL weights for every image: is it the weighing, or only less soft label?
+
+where the teacher, trained on other images, is
+
+    naturally worse      trained on fewer images (four sizes; all that follows is with the largest)
+    wrong at random      on 10, 20 or 40 % of the images its logits are rolled to a wrong class
+    wrong by a system    one or two pairs of classes, 20 or 40 % of all, are swapped in its logits
+    better than labels   20 or 40 % of the labels that the student is given are wrong
+
+at T = 4 and alpha = 2.25; and at T = 1 and 2, and alpha = 0.5, one at a time, without mistakes and with 20 % at random.
+All students of a seed, networks with 256 hidden units, start alike and see the same images in the same order.
+
+    dataset         student's images   teachers'                epochs   teachers'   seeds
+    digits          540, made noisy    60, 120, 250, 450            50          40       8
+    fashion-mnist   3000               300, 1000, 3000, 10000       15          10      10
+
+The folder --out gets teacher_mistakes.csv (a row for every seed, setting and loss), its means and 95 % intervals in
+teacher_mistakes_summary.csv, options and hardware in teacher_mistakes.json, and a figure. The table is complete after
+every seed. The same command goes on after one that was killed; with more --seeds it adds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import study
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from study import COLORS, Row, Task, column, confidence_interval
+from torch import Tensor, nn
+
+from weighted_soft_labels.analysis import wsl_terms
+
+LR = 3e-3  # of the students, at the top of its one cycle
+METHODS = ("CE", "KD", "WSL", "uniform")
+DIFFERENCES = (("WSL", "KD"), ("WSL", "uniform"), ("WSL", "CE"), ("KD", "CE"))
+SHARES = ("teacher_wrong", "weight_right", "weight_wrong")
+OPTIONS = ("train_images", "sizes", "epochs", "teacher_epochs", "seeds")
+BY_DATASET = {
+    "digits": (540, [60, 120, 250, 450], 50, 40, 8),
+    "fashion-mnist": (3000, [300, 1000, 3000, 10000], 15, 10, 10),
+}
+
+
+class Setting(NamedTuple):
+    """What students differ in beside their loss. Those of CE have no teacher."""
+
+    teacher_images: int | None = None
+    mistakes: str | None = None  # put in by hand: none, random or systematic
+    share: float | None = None  # of the images, on which there are such mistakes
+    noise: float = 0.0  # the share of wrong labels
+    temperature: float | None = None
+    alpha: float | None = None
+
+
+def settings(args: argparse.Namespace) -> list[Setting]:
+    natural = [Setting(size, "none", 0.0, 0.0, 4.0, args.alpha) for size in args.sizes]
+    good = natural[-1]
+    random = [good._replace(mistakes="random", share=share) for share in (0.1, 0.2, 0.4)]
+    changes: list[dict[str, float]] = [{"temperature": 1.0}, {"temperature": 2.0}, {"alpha": 0.5}]
+    return [
+        *natural,
+        *random,
+        *(good._replace(mistakes="systematic", share=share) for share in (0.2, 0.4)),
+        *(good._replace(noise=noise) for noise in (0.2, 0.4)),
+        *(start._replace(**change) for start in (good, random[1]) for change in changes),
+    ]
+
+
+# Mistakes: what a seed draws for a share is among what it draws for a larger one --------------------------------------
+
+
+def make_noisy(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
+    """A share of the labels becomes a wrong one, any with the same chance."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(labels), generator=generator) < share * len(labels)
+    wrong = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
+    return torch.where(drawn, wrong, labels)
+
+
+def roll(logits: Tensor, labels: Tensor, share: float, seed: int) -> Tensor:
+    """A share of the rows is rolled so that the largest logit is that of a wrong class, any with the same chance."""
+    classes = logits.shape[1]
+    noisy = make_noisy(labels, classes, share, seed)
+    steps = (noisy - logits.argmax(1)).where(noisy != labels, 0)
+    return logits.gather(1, (torch.arange(classes) - steps[:, None]) % classes)
+
+
+def swap_classes(logits: Tensor, share: float, seed: int) -> Tensor:
+    """A share of the classes is drawn in pairs, and the logits of every pair are exchanged: a broken map of labels."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = logits.shape[1]
+    pairs = torch.randperm(classes, generator=generator)[: 2 * round(share * classes / 2)].view(-1, 2)
+    order = torch.arange(classes)
+    order[pairs] = pairs.flip(1)
+    return logits[:, order]
+
+
+# One seed -----------------------------------------------------------------------------------------------------------
+
+
+def train_student(
+    images: Tensor, teacher_logits: Tensor, labels: Tensor, loss: study.Loss, epochs: int
+) -> tuple[nn.Module, Tensor]:
+    """Also returns the mean weight that WSL gives, or would give, to every image during the training."""
+    layers = nn.Flatten(), nn.Linear(images[0].numel(), 256), nn.ReLU(), nn.Linear(256, teacher_logits.shape[1])
+    student = nn.Sequential(*layers).to(images.device)
+    optimizer = torch.optim.AdamW(student.parameters(), fused=True)
+    steps = epochs * study.steps_per_epoch(len(images))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps)
+    weight = torch.zeros(len(images), device=images.device)
+    for _ in range(epochs):
+        for batch in torch.randperm(len(images)).to(images.device).split(study.BATCH):
+            student_logits = student(images[batch])
+            optimizer.zero_grad()
+            loss(student_logits, teacher_logits[batch], labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+            weight[batch] += wsl_terms(student_logits, teacher_logits[batch], labels[batch]).weight / epochs
+    return student, weight.cpu()
+
+
+def load_task(args: argparse.Namespace) -> Task:
+    task = study.load_task(args.dataset, args.data, args.device)
+    if args.dataset == "fashion-mnist":  # without its padding
+        train, test = (images[..., 2:-2, 2:-2].contiguous() for images in (task.train_images, task.test_images))
+        task = task._replace(train_images=train, test_images=test)
+    return task
+
+
+def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
+    task = load_task(args)
+    torch.manual_seed(seed)
+    own, others = study.draw(task, args.train_images + max(args.sizes)).split([args.train_images, max(args.sizes)])
+    images, labels, classes = task.train_images[own], task.train_labels[own].cpu(), int(task.train_labels.max()) + 1
+    if args.dataset == "digits":
+        images = task.augment(images)
+    steps, cached = args.teacher_epochs * study.steps_per_epoch(max(args.sizes)), {}  # as many for every teacher
+    for size in args.sizes:
+        (teacher,) = study.train_teachers(task, others[:size], steps // study.steps_per_epoch(size))
+        with torch.inference_mode():
+            cached[size] = torch.cat([teacher(part) for part in images.split(study.EVALUATION_BATCH)]).cpu()
+
+    rows = {}
+    for setting in settings(args):
+        teacher_logits = cached[setting.teacher_images]
+        if setting.mistakes == "random":
+            teacher_logits = roll(teacher_logits, labels, setting.share, seed)
+        elif setting.mistakes == "systematic":
+            teacher_logits = swap_classes(teacher_logits, setting.share, seed)
+        given = make_noisy(labels, classes, setting.noise, seed)
+        right = teacher_logits.argmax(1) == given
+        for method in METHODS:
+            of = Setting(noise=setting.noise) if method == "CE" else setting
+            if (of, method) in rows:  # one student of CE does for all teachers
+                continue
+            torch.manual_seed(seed)
+            loss = study.make_loss(method, setting.temperature, setting.alpha)
+            data = images, teacher_logits.to(args.device), given.to(args.device)
+            student, weight = train_student(*data, loss, args.epochs)
+            row = {"accuracy": study.accuracy(study.predict(task, student), task.test_labels)}
+            seen = (teacher_logits.argmax(1) != labels).float().mean(), weight[right].mean(), weight[~right].mean()
+            row |= dict.fromkeys(SHARES) if method == "CE" else dict(zip(SHARES, map(float, seen)))
+            rows[of, method] = {"seed": seed, **of._asdict(), "method": method, **row}
+    return list(rows.values())
+
+
+def make_tables(results: list[list[Row]]) -> dict[str, list[Row]]:
+    return {"teacher_mistakes": [row for rows in results for row in rows]}
+
+
+def restore(out: Path) -> dict[int, list[Row]]:
+    results: dict[int, list[Row]] = {}
+    for row in study.read_table(out / "teacher_mistakes.csv"):
+        results.setdefault(int(row["seed"]), []).append(row)
+    return results
+
+
+# The report, from the table alone -----------------------------------------------------------------------------------
+
+
+def summarize(rows: Sequence[Row]) -> list[Row]:
+    """Of every setting: mean and half the 95 % interval of accuracies, their differences within a seed, and shares."""
+    found = dict.fromkeys(Setting(*(row[name] for name in Setting._fields)) for row in rows if row["method"] != "CE")
+    summary = []
+    for setting in found:
+        where = {method: {**setting._asdict(), "method": method} for method in METHODS}
+        where["CE"] |= Setting(noise=setting.noise)._asdict()
+        values = {method: column(rows, "accuracy", **where[method]) for method in METHODS}
+        values |= {f"{a} - {b}": values[a] - values[b] for a, b in DIFFERENCES}
+        values |= {name: column(rows, name, **where["WSL"]) for name in SHARES}
+        summary.append({**setting._asdict(), "seeds": study.count_seeds(rows)})
+        for name, value in values.items():
+            summary[-1][name], summary[-1][f"{name} half"] = confidence_interval(value)
+    return summary
+
+
+def name_of(row: Row) -> str:
+    name = f"{row['teacher_images']:,.0f} images".replace(",", " ")
+    if row["share"]:
+        name += f", {100 * row['share']:.0f} % {row['mistakes']}"
+    if row["noise"]:
+        name += f", {100 * row['noise']:.0f} % noisy labels"
+    name += f", T = {row['temperature']:g}" if row["temperature"] != 4 else ""
+    return name + (f", alpha = {row['alpha']:g}" if row["alpha"] == 0.5 else "")
+
+
+def print_table(summary: Sequence[Row]) -> None:
+    print(f"\n{summary[0]['seeds']} seeds: mean +- half a 95 % confidence interval (Student's t)")
+    print("Test accuracy in %, differences within a seed; wrong: in % of the student's images; weights by whether the")
+    print("teacher is right by the label that is given, means over the training by WSL\n")
+    differences = list(map(" - ".join, DIFFERENCES))
+    names = ["teacher", "wrong", *METHODS, *differences, "weight if right", "if wrong"]
+    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for row in summary:
+        cells = [name_of(row), f"{100 * row['teacher_wrong']:.1f}", *(f"{row[method]:.2f}" for method in METHODS)]
+        cells += [f"{row[name]:+.2f} +- {row[f'{name} half']:.2f}" for name in differences]
+        cells += [f"{row[name]:.2f}" for name in SHARES[1:]]
+        print("| " + " | ".join(cells) + " |")
+
+
+def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None:
+    rows = sorted(rows, key=lambda row: row[x])
+    for i, method in enumerate(METHODS):
+        places = [100 * row[x] + 0.3 * (i - 1.5) for row in rows]
+        means, halves = zip(*((row[method], row[f"{method} half"]) for row in rows))
+        axes.errorbar(places, means, halves, fmt="o-", markersize=4, capsize=3, color=COLORS[method], label=method)
+    what = "labels that are wrong" if x == "noise" else "images on which the teacher is wrong"
+    axes.set(xlabel=f"{what} (%)", ylabel="test accuracy (%)")
+    axes.set_title(title, fontsize=10)
+
+
+def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
+    for i, (other, marker) in enumerate((("KD", "o"), ("uniform", "s"), ("CE", "D"))):
+        places = [-place - 0.2 * (i - 1) for place in range(len(summary))]
+        means, halves = zip(*((row[f"WSL - {other}"], row[f"WSL - {other} half"]) for row in summary))
+        style = {"fmt": marker, "markersize": 4, "capsize": 2, "color": COLORS[other]}
+        axes.errorbar(means, places, xerr=halves, label=f"above {other}", **style)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks([-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8)
+    axes.set_xlabel("test accuracy of WSL (points)")
+    axes.legend(fontsize=8)
+
+
+def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
+    base = [row for row in summary if row["temperature"] == 4 and row["alpha"] == options["alpha"]]
+    largest = max(row["teacher_images"] for row in base)
+    good = [row for row in base if row["teacher_images"] == largest and not row["noise"]]
+    panels = {
+        "naturally worse teachers": [row for row in base if not row["share"] and not row["noise"]],
+        "mistakes at random": [row for row in good if row["mistakes"] in ("none", "random")],
+        "classes swapped": [row for row in good if row["mistakes"] in ("none", "systematic")],
+        "noisy labels": [row for row in base if row["teacher_images"] == largest and not row["share"]],
+    }
+    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.1))
+    for i, (title, rows) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[i // 2, i % 2])
+        plot_accuracies(axes, rows, title, "noise" if "labels" in title else "teacher_wrong")
+    axes.legend(fontsize=8)
+    plot_gains(figure.add_subplot(grid[:, 2]), summary)
+    figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']} seeds", fontsize=11)
+    figure.savefig(path, dpi=120)
+
+
+def report(out: Path, options: Row) -> None:
+    summary = summarize(study.read_table(out / "teacher_mistakes.csv"))
+    study.write_table(out / "teacher_mistakes_summary.csv", summary)
+    print_table(summary)
+    save_figure(out / "teacher_mistakes.png", summary, options)
+    print(f"\nFigure: {out / 'teacher_mistakes.png'}")
+
+
+# The command line ---------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = study.make_parser(__doc__, epochs=None, out="runs/teacher_mistakes")
+    parser.add_argument("--sizes", type=int, nargs="+", help="images of the teachers (by dataset, see above)")
+    args = parser.parse_args()
+    if args.dataset not in BY_DATASET:
+        parser.error(f"--dataset must be {' or '.join(BY_DATASET)}, got {args.dataset}")
+    parser.set_defaults(**dict(zip(OPTIONS, BY_DATASET[args.dataset])))
+    args = parser.parse_args()
+    args.sizes = sorted(set(args.sizes))
+    study.run(args, replicate, make_tables, report, restore)
+
+
+if __name__ == "__main__":
+    main()
