@@ -1,0 +1,241 @@
+"""DFA with Weighted Soft Labels: which mix of a teacher's layers a student should learn, found by search.
+
+pip install "weighted-soft-labels[examples]"
+python dfa.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+from tqdm import tqdm
+
+from weighted_soft_labels import wsl_loss
+from weighted_soft_labels.analysis import wsl_terms
+
+TEST_IMAGES, TEST_VERSIONS = 800, 5  # a test image comes in five draws of shift and noise
+NOISE, BATCH, LR, SEARCH_LR = 0.3, 100, 3e-3, 3e-2
+TEACHER, STUDENT, LAYERS = (16, 32), (8, 16), 3  # channels of the two groups; layers in a group of the teacher
+TEMPERATURE, ALPHA, FEATURE_SCALE = 4.0, 2.25, 1.0
+SEARCHES = ("with both losses", "without the second")
+ROWS = ("logits only", "last layer", "average", "searched", "searched, weighted")
+METHODS = ("CE", "KD", "WSL")
+WORKERS = 2  # seeds at once, each on one core
+
+
+class Network(nn.Module):
+    """Groups of convolutions, the second at half the size, and a linear head. The student has one layer a group."""
+
+    def __init__(self, channels: tuple[int, int], layers: int) -> None:
+        super().__init__()
+        self.groups, before = nn.ModuleList(), 1
+        for stride, width in enumerate(channels, start=1):
+            sizes = [(before, stride)] + [(width, 1)] * (layers - 1)
+            convolutions = [nn.Conv2d(n, width, 3, step, padding=1, bias=False) for n, step in sizes]
+            self.groups.append(nn.ModuleList(nn.Sequential(c, nn.BatchNorm2d(width), nn.ReLU()) for c in convolutions))
+            before = width
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(before * 4 * 4, 10))
+
+    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """From group `start` on: logits (B, 10), and of each group its layers' maps (B, layers, channels, H, W)."""
+        maps = []
+        for group in self.groups[start:]:
+            layers = []
+            for layer in group:
+                layers.append(x := layer(x))
+            maps.append(torch.stack(layers, dim=1))
+        return self.head(x), maps
+
+
+# The method: what to lift into a project of your own ----------------------------------------------------------------
+
+
+def aggregate(maps: Tensor, beta: Tensor) -> Tensor:
+    """Maps (B, layers, channels, H, W) mixed by softmax(beta), beta (layers,)."""
+    return torch.einsum("l,blchw->bchw", beta.softmax(0), maps)
+
+
+def search(group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, second_loss: bool = True) -> Tensor:
+    """The beta (layers,) of one group: bi-level, the weights on one half of the images and beta on the other.
+
+    Args:
+        data: images and labels.
+        maps: the teacher's of this group, (N, layers, channels, H, W).
+        second_loss: without it beta has nothing to do but to make the student's task easy.
+    """
+    student = Network(STUDENT, 1)
+    to_teacher, to_student = nn.Conv2d(STUDENT[group], TEACHER[group], 1), nn.Conv2d(TEACHER[group], STUDENT[group], 1)
+    beta = torch.zeros(maps.shape[1], requires_grad=True)
+    weights = [*student.parameters(), *to_teacher.parameters(), *to_student.parameters()]
+    optimizer, beta_optimizer = Adam(weights, lr=LR), Adam([beta], lr=SEARCH_LR)
+
+    def bridge_loss(batch: Tensor) -> Tensor:
+        images, labels = (of[batch] for of in data)
+        aggregated = aggregate(maps[batch], beta)
+        loss = F.mse_loss(to_teacher(student(images)[1][group][:, -1]), aggregated)
+        if second_loss:
+            loss = loss + F.cross_entropy(student(to_student(aggregated), group + 1)[0], labels)
+        return loss
+
+    train, held_out = torch.randperm(len(maps)).chunk(2)
+    for _ in range(epochs):
+        for batch, held_out_batch in zip(shuffled(train), shuffled(held_out)):
+            update(beta_optimizer, bridge_loss(held_out_batch))
+            update(optimizer, bridge_loss(batch))
+    return beta.detach()
+
+
+def logit_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, method: str) -> Tensor:
+    if method == "WSL":
+        return wsl_loss(student_logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA)
+    loss = F.cross_entropy(student_logits, labels)
+    if method == "KD":
+        student, teacher = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (student_logits, teacher_logits))
+        loss = loss + ALPHA * TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return loss
+
+
+def distil(data: tuple[Tensor, ...], targets: list[Tensor], method: str, weighted: bool, epochs: int) -> Network:
+    """A student of the images, labels and teacher logits in `data`, and of one aggregated map a group in `targets`."""
+    student = Network(STUDENT, 1)
+    connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in zip(STUDENT, TEACHER))
+    optimizer = Adam([*student.parameters(), *connectors.parameters()], lr=LR)
+    for _ in range(epochs):
+        for batch in shuffled(torch.arange(len(data[0]))):
+            images, labels, teacher_logits = (of[batch] for of in data)
+            logits, maps = student(images)
+            loss = logit_loss(logits, teacher_logits, labels, method)
+            for connector, ours, theirs in zip(connectors, maps, targets):
+                error = F.mse_loss(connector(ours[:, -1]), theirs[batch], reduction="none").mean((1, 2, 3))
+                if weighted:
+                    error = error * wsl_terms(logits, teacher_logits, labels).weight
+                loss = loss + FEATURE_SCALE * error.mean()
+            update(optimizer, loss)
+    return student.eval()
+
+
+def shuffled(indices: Tensor) -> tuple[Tensor, ...]:
+    return indices[torch.randperm(len(indices))].split(BATCH)
+
+
+def update(optimizer: Optimizer, loss: Tensor) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+
+# One seed -----------------------------------------------------------------------------------------------------------
+
+
+def distort(images: Tensor) -> Tensor:
+    """Every image (N, 1, 8, 8) shifted by up to one pixel in each direction, plus noise."""
+    n = len(images)
+    windows = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)
+    shifted = windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
+    return shifted + NOISE * torch.randn_like(shifted)
+
+
+def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]:
+    """Accuracies (rows, methods) in percent; softmax(beta) (with and without the second loss, groups, layers)."""
+    torch.set_num_threads(1)  # the seeds share the cores
+    torch.manual_seed(seed)
+    digits = load_digits()
+    clean, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
+    test = test.repeat(TEST_VERSIONS)
+    test_images, images, test_labels, labels = distort(clean[test]), distort(clean[train]), labels[test], labels[train]
+
+    teacher = Network(TEACHER, LAYERS)
+    optimizer = Adam(teacher.parameters(), lr=LR)
+    for _ in range(epochs):  # on images distorted anew, so that it does not know the student's by heart
+        for batch in shuffled(torch.arange(len(train))):
+            update(optimizer, F.cross_entropy(teacher(distort(clean[train[batch]]))[0], labels[batch]))
+    with torch.no_grad():
+        logits, maps = teacher.eval()(images)
+    drawn = torch.randperm(len(images))[: int(misaligned * len(images))]
+    maps = [of / of.std((0, 2, 3, 4), keepdim=True) for of in maps]  # or the search would like small values best
+    for cached in (logits, *maps):
+        cached[drawn] = cached[drawn.roll(1)]
+    data = images, labels, logits
+
+    betas = torch.stack(
+        [torch.stack([search(g, data[:2], maps[g], epochs, second) for g in (0, 1)]) for second in (True, False)]
+    )
+    last_layer = torch.tensor([-math.inf] * (LAYERS - 1) + [0.0]).expand(2, -1)
+    mixes = dict(zip(ROWS, (None, last_layer, torch.zeros(2, LAYERS), betas[0], betas[0])))
+    accuracies = torch.zeros(len(ROWS), len(METHODS))
+    for row, mix in enumerate(mixes.values()):
+        targets = [] if mix is None else [aggregate(of, beta) for of, beta in zip(maps, mix)]
+        for column, method in enumerate(METHODS):
+            torch.manual_seed(seed)  # the same first weights and batches
+            student = distil(data, targets, method, ROWS[row] == "searched, weighted", epochs)
+            with torch.inference_mode():
+                accuracies[row, column] = 100 * (student(test_images)[0].argmax(1) == test_labels).float().mean()
+    return accuracies, betas.softmax(-1)
+
+
+# The report ---------------------------------------------------------------------------------------------------------
+
+
+def cell(values: Tensor, sign: str = "") -> str:
+    """Mean over the seeds and half the width of its 95 % confidence interval, by Student's t."""
+    half = student_t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
+    return f"{values.mean():{sign}.1f} +- {half:.1f}".rjust(14)
+
+
+def print_tables(accuracies: Tensor, shares: Tensor) -> None:
+    print(f"\nTest accuracy in %, mean and 95 % interval over {len(accuracies)} seeds; differences within a seed\n")
+    print(f"{'features':20}" + "".join(f"{method:>14}" for method in METHODS) + f"{'WSL - KD':>14}")
+    for name, row in zip(ROWS, accuracies.unbind(1)):
+        print(f"{name:20}" + "".join(map(cell, row.T)) + cell(row[:, 2] - row[:, 1], "+"))
+    for new, old in ((3, 0), (3, 1), (3, 2), (4, 3)):
+        gains = accuracies[:, new] - accuracies[:, old]
+        print(f"{ROWS[new]} - {ROWS[old]}: " + ", ".join(m + cell(g, "+") for m, g in zip(METHODS, gains.T)))
+    for name, groups in zip(SEARCHES, shares.mean(0)):
+        found = ["/".join(f"{share:.2f}" for share in group) for group in groups]
+        print(f"alphas {name}, first to last layer of each group: " + "   ".join(found))
+
+
+def plot_alphas(shares: Tensor) -> Figure:
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    for group, axes in enumerate(figure.subplots(1, 2, sharey=True)):
+        for second, name in enumerate(SEARCHES):
+            of = shares[:, second, group]
+            half = student_t.ppf(0.975, len(of) - 1) * of.std(0) / math.sqrt(len(of))
+            axes.errorbar(range(1, LAYERS + 1), of.mean(0), half, fmt="o-", capsize=4, label=name)
+        axes.set(title=f"group {group + 1}", xlabel="layer of the teacher", xticks=range(1, LAYERS + 1))
+    axes.legend(fontsize=8)
+    figure.supylabel("alpha, 95 % interval", fontsize=10)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--seeds", type=int, default=6, help="at least 2, for the intervals (6)")
+    option("--epochs", type=int, default=20, help="of every network and of the search (20)")
+    option("--misaligned", type=float, default=0.0, help="share of the images with another one's teacher outputs (0)")
+    option("--figure", type=Path, default=Path("dfa.png"), help="where to save the alphas (dfa.png)")
+    args = parser.parse_args()
+    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
+        runs = pool.map(partial(run_seed, epochs=args.epochs, misaligned=args.misaligned), range(args.seeds))
+        accuracies, shares = map(torch.stack, zip(*tqdm(runs, total=args.seeds, unit="seed")))
+    print_tables(accuracies, shares)
+    plot_alphas(shares).savefig(args.figure, dpi=110)
+    print(f"Figure: {args.figure}")
+
+
+if __name__ == "__main__":
+    main()
