@@ -2,13 +2,14 @@
 
 pip install "weighted-soft-labels[examples]"
 python dfa.py
+
+HEADER
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,7 +33,6 @@ TEMPERATURE, ALPHA, FEATURE_SCALE = 4.0, 2.25, 1.0
 SEARCHES = ("with both losses", "without the second")
 ROWS = ("logits only", "last layer", "average", "searched", "searched, weighted")
 METHODS = ("CE", "KD", "WSL")
-WORKERS = 2  # seeds at once, each on one core
 
 
 class Network(nn.Module):
@@ -68,18 +68,15 @@ def aggregate(maps: Tensor, beta: Tensor) -> Tensor:
 
 
 def search(group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, second_loss: bool = True) -> Tensor:
-    """The beta (layers,) of one group: bi-level, the weights on one half of the images and beta on the other.
+    """The beta (layers,) of one group by the teacher's maps of it (N, layers, channels, H, W), images and labels.
 
-    Args:
-        data: images and labels.
-        maps: the teacher's of this group, (N, layers, channels, H, W).
-        second_loss: without it beta has nothing to do but to make the student's task easy.
+    Bi-level: beta learns from one half of the images, the weights from the other.
     """
     student = Network(STUDENT, 1)
     to_teacher, to_student = nn.Conv2d(STUDENT[group], TEACHER[group], 1), nn.Conv2d(TEACHER[group], STUDENT[group], 1)
     beta = torch.zeros(maps.shape[1], requires_grad=True)
     weights = [*student.parameters(), *to_teacher.parameters(), *to_student.parameters()]
-    optimizer, beta_optimizer = Adam(weights, lr=LR), Adam([beta], lr=SEARCH_LR)
+    optimizer, beta_optimizer = Adam(weights, lr=LR, fused=True), Adam([beta], lr=SEARCH_LR)
 
     def bridge_loss(batch: Tensor) -> Tensor:
         images, labels = (of[batch] for of in data)
@@ -100,34 +97,27 @@ def search(group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, seco
 def logit_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, method: str) -> Tensor:
     if method == "WSL":
         return wsl_loss(student_logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA)
-    loss = F.cross_entropy(student_logits, labels)
-    if method == "KD":
-        student, teacher = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (student_logits, teacher_logits))
-        loss = loss + ALPHA * TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-    return loss
+    student, teacher = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (student_logits, teacher_logits))
+    soft = TEMPERATURE**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return F.cross_entropy(student_logits, labels) + (ALPHA * soft if method == "KD" else 0)
 
 
 def distil(data: tuple[Tensor, ...], targets: list[Tensor], method: str, weighted: bool, epochs: int) -> Network:
     """A student of the images, labels and teacher logits in `data`, and of one aggregated map a group in `targets`."""
     student = Network(STUDENT, 1)
     connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in zip(STUDENT, TEACHER))
-    optimizer = Adam([*student.parameters(), *connectors.parameters()], lr=LR)
+    optimizer = Adam([*student.parameters(), *connectors.parameters()], lr=LR, fused=True)
     for _ in range(epochs):
         for batch in shuffled(torch.arange(len(data[0]))):
             images, labels, teacher_logits = (of[batch] for of in data)
             logits, maps = student(images)
             loss = logit_loss(logits, teacher_logits, labels, method)
+            weight = wsl_terms(logits, teacher_logits, labels).weight if weighted else torch.ones(len(batch))
             for connector, ours, theirs in zip(connectors, maps, targets):
                 error = F.mse_loss(connector(ours[:, -1]), theirs[batch], reduction="none").mean((1, 2, 3))
-                if weighted:
-                    error = error * wsl_terms(logits, teacher_logits, labels).weight
-                loss = loss + FEATURE_SCALE * error.mean()
+                loss = loss + FEATURE_SCALE * (weight * error).mean()
             update(optimizer, loss)
     return student.eval()
-
-
-def shuffled(indices: Tensor) -> tuple[Tensor, ...]:
-    return indices[torch.randperm(len(indices))].split(BATCH)
 
 
 def update(optimizer: Optimizer, loss: Tensor) -> None:
@@ -137,6 +127,10 @@ def update(optimizer: Optimizer, loss: Tensor) -> None:
 
 
 # One seed -----------------------------------------------------------------------------------------------------------
+
+
+def shuffled(indices: Tensor) -> tuple[Tensor, ...]:
+    return indices[torch.randperm(len(indices))].split(BATCH)
 
 
 def distort(images: Tensor) -> Tensor:
@@ -158,7 +152,7 @@ def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]
     test_images, images, test_labels, labels = distort(clean[test]), distort(clean[train]), labels[test], labels[train]
 
     teacher = Network(TEACHER, LAYERS)
-    optimizer = Adam(teacher.parameters(), lr=LR)
+    optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
     for _ in range(epochs):  # on images distorted anew, so that it does not know the student's by heart
         for batch in shuffled(torch.arange(len(train))):
             update(optimizer, F.cross_entropy(teacher(distort(clean[train[batch]]))[0], labels[batch]))
@@ -174,10 +168,9 @@ def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]
         [torch.stack([search(g, data[:2], maps[g], epochs, second) for g in (0, 1)]) for second in (True, False)]
     )
     last_layer = torch.tensor([-math.inf] * (LAYERS - 1) + [0.0]).expand(2, -1)
-    mixes = dict(zip(ROWS, (None, last_layer, torch.zeros(2, LAYERS), betas[0], betas[0])))
     accuracies = torch.zeros(len(ROWS), len(METHODS))
-    for row, mix in enumerate(mixes.values()):
-        targets = [] if mix is None else [aggregate(of, beta) for of, beta in zip(maps, mix)]
+    for row, mixes in enumerate(([], last_layer, torch.zeros(2, LAYERS), betas[0], betas[0])):
+        targets = [aggregate(of, beta) for of, beta in zip(maps, mixes)]
         for column, method in enumerate(METHODS):
             torch.manual_seed(seed)  # the same first weights and batches
             student = distil(data, targets, method, ROWS[row] == "searched, weighted", epochs)
@@ -189,52 +182,46 @@ def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]
 # The report ---------------------------------------------------------------------------------------------------------
 
 
-def cell(values: Tensor, sign: str = "") -> str:
-    """Mean over the seeds and half the width of its 95 % confidence interval, by Student's t."""
-    half = student_t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
-    return f"{values.mean():{sign}.1f} +- {half:.1f}".rjust(14)
+def half_width(values: Tensor) -> Tensor:
+    """Of the 95 % confidence interval of the mean over the seeds, values (seeds, ...), by Student's t."""
+    return student_t.ppf(0.975, len(values) - 1) * values.std(0) / math.sqrt(len(values))
 
 
-def print_tables(accuracies: Tensor, shares: Tensor) -> None:
-    print(f"\nTest accuracy in %, mean and 95 % interval over {len(accuracies)} seeds; differences within a seed\n")
-    print(f"{'features':20}" + "".join(f"{method:>14}" for method in METHODS) + f"{'WSL - KD':>14}")
-    for name, row in zip(ROWS, accuracies.unbind(1)):
-        print(f"{name:20}" + "".join(map(cell, row.T)) + cell(row[:, 2] - row[:, 1], "+"))
-    for new, old in ((3, 0), (3, 1), (3, 2), (4, 3)):
-        gains = accuracies[:, new] - accuracies[:, old]
-        print(f"{ROWS[new]} - {ROWS[old]}: " + ", ".join(m + cell(g, "+") for m, g in zip(METHODS, gains.T)))
-    for name, groups in zip(SEARCHES, shares.mean(0)):
-        found = ["/".join(f"{share:.2f}" for share in group) for group in groups]
-        print(f"alphas {name}, first to last layer of each group: " + "   ".join(found))
-
-
-def plot_alphas(shares: Tensor) -> Figure:
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    for group, axes in enumerate(figure.subplots(1, 2, sharey=True)):
-        for second, name in enumerate(SEARCHES):
-            of = shares[:, second, group]
-            half = student_t.ppf(0.975, len(of) - 1) * of.std(0) / math.sqrt(len(of))
-            axes.errorbar(range(1, LAYERS + 1), of.mean(0), half, fmt="o-", capsize=4, label=name)
-        axes.set(title=f"group {group + 1}", xlabel="layer of the teacher", xticks=range(1, LAYERS + 1))
-    axes.legend(fontsize=8)
-    figure.supylabel("alpha, 95 % interval", fontsize=10)
-    return figure
+def cells(values: Tensor, sign: str = "") -> str:
+    return "".join(f"{x:{sign}.1f} +- {half:.1f}".rjust(14) for x, half in zip(values.mean(0), half_width(values)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     option = parser.add_argument
-    option("--seeds", type=int, default=6, help="at least 2, for the intervals (6)")
+    option("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
     option("--epochs", type=int, default=20, help="of every network and of the search (20)")
     option("--misaligned", type=float, default=0.0, help="share of the images with another one's teacher outputs (0)")
     option("--figure", type=Path, default=Path("dfa.png"), help="where to save the alphas (dfa.png)")
     args = parser.parse_args()
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        runs = pool.map(partial(run_seed, epochs=args.epochs, misaligned=args.misaligned), range(args.seeds))
-        accuracies, shares = map(torch.stack, zip(*tqdm(runs, total=args.seeds, unit="seed")))
-    print_tables(accuracies, shares)
-    plot_alphas(shares).savefig(args.figure, dpi=110)
-    print(f"Figure: {args.figure}")
+    with get_context("spawn").Pool(2) as pool:  # one seed a core
+        runs = pool.imap(partial(run_seed, epochs=args.epochs, misaligned=args.misaligned), range(args.seeds))
+        accuracies, alphas = map(torch.stack, zip(*tqdm(runs, total=args.seeds, unit="seed")))
+
+    print(f"\nTest accuracy in %, mean and 95 % interval over {args.seeds} seeds; differences within a seed\n")
+    print(f"{'features':31}" + "".join(f"{name:>14}" for name in (*METHODS, "WSL - KD")))
+    for row, name in enumerate(ROWS):
+        of = accuracies[:, row]
+        print(f"{name:31}" + cells(of) + cells(of[:, 2:] - of[:, 1:2], "+"))
+    for new, old in ((3, 0), (3, 1), (3, 2), (4, 3)):
+        print(f"{ROWS[new] + ' - ' + ROWS[old]:31}" + cells(accuracies[:, new] - accuracies[:, old], "+"))
+
+    print("\nalpha of layers 1, 2, 3")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    for group, axes in enumerate(figure.subplots(1, 2, sharey=True)):
+        axes.set(title=f"group {group + 1}", xlabel="layer of the teacher", ylabel="alpha, 95 % interval")
+        for name, of in zip(SEARCHES, alphas[:, :, group].unbind(1)):
+            shares = ", ".join(f"{mean:.2f} +- {half:.2f}" for mean, half in zip(of.mean(0), half_width(of)))
+            print(f"group {group + 1}, {name:19} {shares}")
+            axes.errorbar(range(1, LAYERS + 1), of.mean(0), half_width(of), fmt="o-", capsize=4, label=name)
+        axes.legend(fontsize=8)
+    figure.savefig(args.figure, dpi=110)
+    print(f"\nFigure: {args.figure}")
 
 
 if __name__ == "__main__":

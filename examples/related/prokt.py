@@ -2,18 +2,18 @@
 
 pip install "weighted-soft-labels[examples]"
 python prokt.py
+
+HEADER
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,9 @@ from weighted_soft_labels.analysis import wsl_terms
 
 TEST_IMAGES, TEST_VERSIONS = 800, 10  # a test image comes in ten draws of shift and noise
 NOISE, BATCH, LR = 0.3, 100, 3e-3
-WORKERS = 2  # seeds at once, each on one core
 TEACHERS, METHODS = ("converged", "progressive"), ("KD", "WSL")
+Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images and labels to train on, images and labels to test on
+Outcome = tuple[Tensor, Tensor, Tensor]  # accuracy of student and teacher in percent, mean weight after each epoch
 
 
 # The method: what to lift into a project of your own ----------------------------------------------------------------
@@ -69,16 +70,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 # One seed -----------------------------------------------------------------------------------------------------------
-
-Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images and labels to train on, images and labels to test on
-
-
-class Outcome(NamedTuple):
-    """Of one seed or, stacked, of all."""
-
-    accuracy: Tensor  # of the student, in percent
-    teacher_accuracy: Tensor
-    weights: Tensor  # WSL's, mean of the training images after each epoch
 
 
 def distort(images: Tensor) -> Tensor:
@@ -129,7 +120,7 @@ def distil(teacher: nn.Module, student: nn.Module, data: Data, method: str, pull
                 update(teacher_optimizer, teacher_loss(teacher(x), predict(student, x), y, pull))
             update(optimizer, student_loss(student(x), predict(teacher, x), y, method))
         weights.append(wsl_terms(predict(student, images), predict(teacher, images), labels).weight.mean())
-    return Outcome(accuracy(student, data), accuracy(teacher, data), torch.stack(weights))
+    return accuracy(student, data), accuracy(teacher, data), torch.stack(weights)
 
 
 def accuracy(model: nn.Module, data: Data) -> Tensor:
@@ -165,24 +156,12 @@ def print_table(alone: Tensor, outcomes: dict[tuple[str, str], Outcome]) -> None
     print(f"Student by labels alone: {cell(alone).strip()}\n")
     print("teacher                 KD           WSL      WSL - KD teacher's own   weight: first, middle, last epoch")
     for name in TEACHERS:
-        kd, wsl = (outcomes[name, method] for method in METHODS)
-        weights = wsl.weights.mean(0)[[0, wsl.weights.shape[1] // 2, -1]].tolist()
-        cells = cell(kd.accuracy) + cell(wsl.accuracy) + cell(wsl.accuracy - kd.accuracy, "+")
-        print(f"{name:12}{cells}{cell(wsl.teacher_accuracy)}   " + "".join(f"{weight:6.2f}" for weight in weights))
-    before, after = ([outcomes[name, method].accuracy for method in METHODS] for name in TEACHERS)
+        (kd, *_), (wsl, own, weights) = (outcomes[name, method] for method in METHODS)
+        shown = weights.mean(0)[[0, weights.shape[1] // 2, -1]].tolist()
+        cells = cell(kd) + cell(wsl) + cell(wsl - kd, "+") + cell(own)
+        print(f"{name:12}{cells}   " + "".join(f"{weight:6.2f}" for weight in shown))
+    before, after = ([outcomes[name, method][0] for method in METHODS] for name in TEACHERS)
     print("difference  " + "".join(cell(new - old, "+") for new, old in zip(after, before)))
-
-
-def plot_weights(outcomes: dict[tuple[str, str], Outcome]) -> Figure:
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
-    for name, line in zip(TEACHERS, ("--", "-")):
-        weights = outcomes[name, "WSL"].weights.mean(0)
-        axes.plot(range(1, len(weights) + 1), weights, line, color="#d55e00", label=f"{name} teacher")
-    axes.axhline(1 - math.exp(-1), color="#6b6b6b", linestyle=":", label="student as sure as the teacher")
-    axes.set(xlabel="epoch", ylabel="WSL's weight, mean of the training images", ylim=(0, 1.02))
-    axes.legend(fontsize=8)
-    return figure
 
 
 def main() -> None:
@@ -191,14 +170,23 @@ def main() -> None:
     option("--seeds", type=int, default=8, help="at least 2, for the intervals (8)")
     option("--epochs", type=int, default=40, help="of every network (40)")
     option("--pull", type=float, default=0.35, help="share of the student in the teacher's loss (0.35)")
-    option("--figure", type=Path, default=Path("prokt.png"), help="where to save it (prokt.png)")
+    option("--figure", type=Path, default=Path("prokt.png"), help="where to save the weights over time (prokt.png)")
     args = parser.parse_args()
-    with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn")) as pool:
-        runs = pool.map(partial(run_seed, epochs=args.epochs, pull=args.pull), range(args.seeds))
+    with get_context("spawn").Pool(2) as pool:  # one seed a core
+        runs = pool.imap(partial(run_seed, epochs=args.epochs, pull=args.pull), range(args.seeds))
         alone, by_seed = zip(*tqdm(runs, total=args.seeds, unit="seed"))
-    outcomes = {key: Outcome(*map(torch.stack, zip(*(seed[key] for seed in by_seed)))) for key in by_seed[0]}
+    outcomes = {key: tuple(map(torch.stack, zip(*(seed[key] for seed in by_seed)))) for key in by_seed[0]}
     print_table(torch.stack(alone), outcomes)
-    plot_weights(outcomes).savefig(args.figure, dpi=110)
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, line in zip(TEACHERS, ("--", "-")):
+        weights = outcomes[name, "WSL"][2].mean(0)
+        axes.plot(range(1, len(weights) + 1), weights, line, color="#d55e00", label=f"{name} teacher")
+    axes.axhline(1 - math.exp(-1), color="#6b6b6b", linestyle=":", label="student as sure as the teacher")
+    axes.set(xlabel="epoch", ylabel="WSL's weight, mean of the training images", ylim=(0, 1.02))
+    axes.legend(fontsize=8)
+    figure.savefig(args.figure, dpi=110)
     print(f"\nFigure: {args.figure}")
 
 
