@@ -141,23 +141,32 @@ def distort(images: Tensor) -> Tensor:
     return shifted + NOISE * torch.randn_like(shifted)
 
 
+def load() -> tuple[Tensor, Tensor]:
+    digits = load_digits()
+    return torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+
+
+def train_teacher(clean: Tensor, labels: Tensor, epochs: int) -> Network:
+    """On images distorted anew in every epoch, so that it does not know the student's by heart."""
+    teacher = Network(TEACHER, LAYERS)
+    optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
+    for _ in range(epochs):
+        for batch in shuffled(torch.arange(len(clean))):
+            update(optimizer, F.cross_entropy(teacher(distort(clean[batch]))[0], labels[batch]))
+    return teacher.eval()
+
+
 def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]:
     """Accuracies (rows, methods) in percent; softmax(beta) (with and without the second loss, groups, layers)."""
     torch.set_num_threads(1)  # the seeds share the cores
     torch.manual_seed(seed)
-    digits = load_digits()
-    clean, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    clean, labels = load()
     test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
     test = test.repeat(TEST_VERSIONS)
     test_images, images, test_labels, labels = distort(clean[test]), distort(clean[train]), labels[test], labels[train]
-
-    teacher = Network(TEACHER, LAYERS)
-    optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
-    for _ in range(epochs):  # on images distorted anew, so that it does not know the student's by heart
-        for batch in shuffled(torch.arange(len(train))):
-            update(optimizer, F.cross_entropy(teacher(distort(clean[train[batch]]))[0], labels[batch]))
+    teacher = train_teacher(clean[train], labels, epochs)
     with torch.no_grad():
-        logits, maps = teacher.eval()(images)
+        logits, maps = teacher(images)
     drawn = torch.randperm(len(images))[: int(misaligned * len(images))]
     maps = [of / of.std((0, 2, 3, 4), keepdim=True) for of in maps]  # or the search would like small values best
     for cached in (logits, *maps):
