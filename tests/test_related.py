@@ -119,7 +119,8 @@ def test_prokt_prints_differences_within_a_seed(printed):
 def teaching() -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """400 images and labels, and the maps of a teacher that knows their kind."""
     torch.manual_seed(0)
-    clean, labels = (of[:400] for of in dfa.load())
+    digits = dfa.load_digits()
+    clean, labels = torch.tensor(digits.images[:400]).float().unsqueeze(1) / 16, torch.tensor(digits.target[:400])
     teacher = dfa.train_teacher(clean, labels, epochs=12)
     images = dfa.distort(clean)
     with torch.no_grad():
@@ -221,11 +222,11 @@ def test_nothing_is_dropped_in_evaluation_and_nothing_is_rescaled():
     assert torch.equal(drop(images), whole)
 
 
-def test_shuffling_keeps_the_quarters_and_moves_some():
+def test_shuffling_keeps_the_quarters_and_moves_them():
     torch.manual_seed(0)
-    images = torch.randn(60, 1, 8, 8)
+    images = torch.randn(240, 1, 8, 8)
     shuffled = infodrop.shuffle_patches(images)
-    assert all(not torch.equal(new, old) for new, old in zip(shuffled, images))
+    assert 0 < sum(torch.equal(new, old) for new, old in zip(shuffled, images)) < 25
 
     def quarters(image: Tensor) -> set[bytes]:
         return {image[0, i : i + 4, j : j + 4].contiguous().numpy().tobytes() for i in (0, 4) for j in (0, 4)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pool
 from pathlib import Path
 
 import torch
@@ -27,12 +27,10 @@ from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
 TEST_IMAGES, TEST_VERSIONS = 800, 5  # a test image comes in five draws of shift and noise
-NOISE, BATCH, LR, SEARCH_LR = 0.3, 100, 3e-3, 3e-2
+NOISE, BATCH, LR, SEARCH_LR, TEMPERATURE, ALPHA, FEATURE_SCALE = 0.3, 100, 3e-3, 3e-2, 4.0, 2.25, 1.0
 TEACHER, STUDENT, LAYERS = (16, 32), (8, 16), 3  # channels of the two groups; layers in a group of the teacher
-TEMPERATURE, ALPHA, FEATURE_SCALE = 4.0, 2.25, 1.0
-SEARCHES = ("with both losses", "without the second")
-ROWS = ("logits only", "last layer", "average", "searched", "searched, weighted")
-METHODS = ("CE", "KD", "WSL")
+SEARCHES, METHODS = ("with both losses", "without the second"), ("CE", "KD", "WSL")
+ROWS = ("logits only", "last layer", "average", "searched", REUSED := "searched, weighted")
 
 
 class Network(nn.Module):
@@ -52,14 +50,8 @@ class Network(nn.Module):
         """From group `start` on: logits (B, 10), and of each group its layers' maps (B, layers, channels, H, W)."""
         maps = []
         for group in self.groups[start:]:
-            layers = []
-            for layer in group:
-                layers.append(x := layer(x))
-            maps.append(torch.stack(layers, dim=1))
+            maps.append(torch.stack([x := layer(x) for layer in group], dim=1))
         return self.head(x), maps
-
-
-# The method: what to lift into a project of your own ----------------------------------------------------------------
 
 
 def aggregate(maps: Tensor, beta: Tensor) -> Tensor:
@@ -68,10 +60,7 @@ def aggregate(maps: Tensor, beta: Tensor) -> Tensor:
 
 
 def search(group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, second_loss: bool = True) -> Tensor:
-    """The beta (layers,) of one group by the teacher's maps of it (N, layers, channels, H, W), images and labels.
-
-    Bi-level: beta learns from one half of the images, the weights from the other.
-    """
+    """Beta (layers,) of one group by the teacher's maps of it, (N, layers, channels, H, W), images and labels."""
     student = Network(STUDENT, 1)
     to_teacher, to_student = nn.Conv2d(STUDENT[group], TEACHER[group], 1), nn.Conv2d(TEACHER[group], STUDENT[group], 1)
     beta = torch.zeros(maps.shape[1], requires_grad=True)
@@ -86,10 +75,10 @@ def search(group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, seco
             loss = loss + F.cross_entropy(student(to_student(aggregated), group + 1)[0], labels)
         return loss
 
-    train, held_out = torch.randperm(len(maps)).chunk(2)
+    halves = torch.randperm(len(maps)).chunk(2)  # bi-level: the weights learn from one, beta from the other
     for _ in range(epochs):
-        for batch, held_out_batch in zip(shuffled(train), shuffled(held_out)):
-            update(beta_optimizer, bridge_loss(held_out_batch))
+        for batch, held_out in zip(*(half[torch.randperm(len(half))].split(BATCH) for half in halves)):
+            update(beta_optimizer, bridge_loss(held_out))
             update(optimizer, bridge_loss(batch))
     return beta.detach()
 
@@ -108,7 +97,7 @@ def distil(data: tuple[Tensor, ...], targets: list[Tensor], method: str, weighte
     connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in zip(STUDENT, TEACHER))
     optimizer = Adam([*student.parameters(), *connectors.parameters()], lr=LR, fused=True)
     for _ in range(epochs):
-        for batch in shuffled(torch.arange(len(data[0]))):
+        for batch in torch.randperm(len(data[0])).split(BATCH):
             images, labels, teacher_logits = (of[batch] for of in data)
             logits, maps = student(images)
             loss = logit_loss(logits, teacher_logits, labels, method)
@@ -126,13 +115,6 @@ def update(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.step()
 
 
-# One seed -----------------------------------------------------------------------------------------------------------
-
-
-def shuffled(indices: Tensor) -> tuple[Tensor, ...]:
-    return indices[torch.randperm(len(indices))].split(BATCH)
-
-
 def distort(images: Tensor) -> Tensor:
     """Every image (N, 1, 8, 8) shifted by up to one pixel in each direction, plus noise."""
     n = len(images)
@@ -141,17 +123,12 @@ def distort(images: Tensor) -> Tensor:
     return shifted + NOISE * torch.randn_like(shifted)
 
 
-def load() -> tuple[Tensor, Tensor]:
-    digits = load_digits()
-    return torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
-
-
 def train_teacher(clean: Tensor, labels: Tensor, epochs: int) -> Network:
     """On images distorted anew in every epoch, so that it does not know the student's by heart."""
     teacher = Network(TEACHER, LAYERS)
     optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
     for _ in range(epochs):
-        for batch in shuffled(torch.arange(len(clean))):
+        for batch in torch.randperm(len(clean)).split(BATCH):
             update(optimizer, F.cross_entropy(teacher(distort(clean[batch]))[0], labels[batch]))
     return teacher.eval()
 
@@ -160,7 +137,8 @@ def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]
     """Accuracies (rows, methods) in percent; softmax(beta) (with and without the second loss, groups, layers)."""
     torch.set_num_threads(1)  # the seeds share the cores
     torch.manual_seed(seed)
-    clean, labels = load()
+    digits = load_digits()
+    clean, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
     test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
     test = test.repeat(TEST_VERSIONS)
     test_images, images, test_labels, labels = distort(clean[test]), distort(clean[train]), labels[test], labels[train]
@@ -171,44 +149,37 @@ def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]
     maps = [of / of.std((0, 2, 3, 4), keepdim=True) for of in maps]  # or the search would like small values best
     for cached in (logits, *maps):
         cached[drawn] = cached[drawn.roll(1)]
-    data = images, labels, logits
 
-    betas = torch.stack(
-        [torch.stack([search(g, data[:2], maps[g], epochs, second) for g in (0, 1)]) for second in (True, False)]
-    )
+    data = images, labels, logits
+    betas = torch.stack([search(g, data[:2], maps[g], epochs, second) for second in (True, False) for g in (0, 1)])
     last_layer = torch.tensor([-math.inf] * (LAYERS - 1) + [0.0]).expand(2, -1)
     accuracies = torch.zeros(len(ROWS), len(METHODS))
-    for row, mixes in enumerate(([], last_layer, torch.zeros(2, LAYERS), betas[0], betas[0])):
+    for row, mixes in enumerate(([], last_layer, torch.zeros(2, LAYERS), betas[:2], betas[:2])):
         targets = [aggregate(of, beta) for of, beta in zip(maps, mixes)]
         for column, method in enumerate(METHODS):
             torch.manual_seed(seed)  # the same first weights and batches
-            student = distil(data, targets, method, ROWS[row] == "searched, weighted", epochs)
+            student = distil(data, targets, method, ROWS[row] == REUSED, epochs)
             with torch.inference_mode():
                 accuracies[row, column] = 100 * (student(test_images)[0].argmax(1) == test_labels).float().mean()
-    return accuracies, betas.softmax(-1)
+    return accuracies, betas.softmax(-1).view(2, 2, LAYERS)
 
 
-# The report ---------------------------------------------------------------------------------------------------------
-
-
-def half_width(values: Tensor) -> Tensor:
-    """Of the 95 % confidence interval of the mean over the seeds, values (seeds, ...), by Student's t."""
-    return student_t.ppf(0.975, len(values) - 1) * values.std(0) / math.sqrt(len(values))
-
-
-def cells(values: Tensor, sign: str = "") -> str:
-    return "".join(f"{x:{sign}.1f} +- {half:.1f}".rjust(14) for x, half in zip(values.mean(0), half_width(values)))
+def cells(values: Tensor, form: str) -> str:
+    """Of values (seeds, n), n means over the seeds and half the widths of their 95 % intervals, by Student's t."""
+    halves = student_t.ppf(0.975, len(values) - 1) * values.std(0) / math.sqrt(len(values))
+    return "".join(f"{mean:{form}} +- {half:{form[-3:]}}".rjust(14) for mean, half in zip(values.mean(0), halves))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
-    option("--epochs", type=int, default=20, help="of every network and of the search (20)")
-    option("--misaligned", type=float, default=0.0, help="share of the images with another one's teacher outputs (0)")
-    option("--figure", type=Path, default=Path("dfa.png"), help="where to save the alphas (dfa.png)")
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
+    parser.add_argument("--epochs", type=int, default=20, help="of every network and of the search (20)")
+    parser.add_argument(
+        "--misaligned", type=float, default=0.0, help="share of the images with another one's teacher outputs (0)"
+    )
+    parser.add_argument("--figure", type=Path, default=Path("dfa.png"), help="where to save the alphas (dfa.png)")
     args = parser.parse_args()
-    with get_context("spawn").Pool(2) as pool:  # one seed a core
+    with Pool(2) as pool:  # one seed a core
         runs = pool.imap(partial(run_seed, epochs=args.epochs, misaligned=args.misaligned), range(args.seeds))
         accuracies, alphas = map(torch.stack, zip(*tqdm(runs, total=args.seeds, unit="seed")))
 
@@ -216,19 +187,17 @@ def main() -> None:
     print(f"{'features':31}" + "".join(f"{name:>14}" for name in (*METHODS, "WSL - KD")))
     for row, name in enumerate(ROWS):
         of = accuracies[:, row]
-        print(f"{name:31}" + cells(of) + cells(of[:, 2:] - of[:, 1:2], "+"))
+        print(f"{name:31}" + cells(of, ".1f") + cells(of[:, 2:] - of[:, 1:2], "+.1f"))
     for new, old in ((3, 0), (3, 1), (3, 2), (4, 3)):
-        print(f"{ROWS[new] + ' - ' + ROWS[old]:31}" + cells(accuracies[:, new] - accuracies[:, old], "+"))
-
+        print(f"{ROWS[new] + ' - ' + ROWS[old]:31}" + cells(accuracies[:, new] - accuracies[:, old], "+.1f"))
     print("\nalpha of layers 1, 2, 3")
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     for group, axes in enumerate(figure.subplots(1, 2, sharey=True)):
-        axes.set(title=f"group {group + 1}", xlabel="layer of the teacher", ylabel="alpha, 95 % interval")
         for name, of in zip(SEARCHES, alphas[:, :, group].unbind(1)):
-            shares = ", ".join(f"{mean:.2f} +- {half:.2f}" for mean, half in zip(of.mean(0), half_width(of)))
-            print(f"group {group + 1}, {name:19} {shares}")
-            axes.errorbar(range(1, LAYERS + 1), of.mean(0), half_width(of), fmt="o-", capsize=4, label=name)
-        axes.legend(fontsize=8)
+            print(f"group {group + 1}, {name:22}" + cells(of, ".2f"))
+            axes.plot(range(1, LAYERS + 1), of.mean(0), "o-", label=name)
+        axes.set(title=f"group {group + 1}", xlabel="layer of the teacher", ylabel="alpha, mean of the seeds")
+    axes.legend(fontsize=8)
     figure.savefig(args.figure, dpi=110)
     print(f"\nFigure: {args.figure}")
 

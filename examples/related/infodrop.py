@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from functools import partial
-from itertools import permutations
-from multiprocessing import get_context
+from multiprocessing import Pool
 from pathlib import Path
 
 import torch
@@ -34,10 +33,7 @@ DROPS = ("none", "InfoDrop", "uniform")
 
 
 class InfoDrop(nn.Module):
-    """A first layer: some positions of its output are 0 in training, most likely where the input repeats itself.
-
-    The drop rate counts draws per position; with replacement, so it can exceed 1. Temperature inf: anywhere alike.
-    """
+    """A layer; in training some positions of its output are 0, most likely where its input repeats itself."""
 
     PATCHES, RADIUS, BANDWIDTH = 9, 3, 1.0
 
@@ -78,24 +74,20 @@ def distil(student: nn.Sequential, data: tuple[Tensor, ...], method: str, drop_e
         for batch in torch.randperm(len(data[0])).split(BATCH):
             images, labels, teacher_logits = (of[batch] for of in data)
             with torch.no_grad():
-                clean_logits = student.eval()(images)
+                clean_logits = student.eval()(images) if method == CLEAN else None
             logits = student.train()(images)
-            weight = wsl_terms(clean_logits if method == CLEAN else logits, teacher_logits, labels).weight
+            weight = wsl_terms(logits if clean_logits is None else clean_logits, teacher_logits, labels).weight
             weights.append(weight.mean())
             if method == "WSL":
                 loss = wsl_loss(logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA)
             else:
-                scale = {"CE": 0.0, "KD": 1.0, CLEAN: weight}[method]
-                loss = F.cross_entropy(logits, labels) + ALPHA * (scale * divergence(logits, teacher_logits)).mean()
+                ours, theirs = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (logits, teacher_logits))
+                soft = TEMPERATURE**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
+                scale = {"CE": 0.0, "KD": ALPHA, CLEAN: ALPHA * weight}[method]
+                loss = F.cross_entropy(logits, labels) + (scale * soft).mean()
             update(optimizer, loss)
     student.eval()
     return torch.stack(weights[: len(weights) * 2 // 3]).mean()
-
-
-def divergence(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """T^2 * KL(teacher || student) at temperature T of every row of logits (B, 10): (B,)."""
-    student, teacher = (F.log_softmax(x / TEMPERATURE, dim=1) for x in (student_logits, teacher_logits))
-    return TEMPERATURE**2 * F.kl_div(student, teacher, reduction="none", log_target=True).sum(1)
 
 
 def update(optimizer: Optimizer, loss: Tensor) -> None:
@@ -113,10 +105,9 @@ def distort(images: Tensor) -> Tensor:
 
 
 def shuffle_patches(images: Tensor) -> Tensor:
-    """The four quarters of every image (N, 1, 8, 8) in another order, drawn for each."""
+    """The four quarters of every image (N, 1, 8, 8) in an order of its own; one in 24 stays as it is."""
     quarters = images.view(-1, 2, 4, 2, 4).transpose(2, 3).reshape(-1, 4, 4, 4)
-    orders = torch.tensor(list(permutations(range(4)))[1:])[torch.randint(23, (len(images),))]
-    shuffled = quarters[torch.arange(len(images)).unsqueeze(1), orders]
+    shuffled = quarters[torch.arange(len(images)).unsqueeze(1), torch.rand(len(images), 4).argsort(1)]
     return shuffled.view(-1, 2, 2, 4, 4).transpose(2, 3).reshape(images.shape)
 
 
@@ -135,7 +126,6 @@ def run_seed(seed: int, epochs: int, rate: float, temperature: float) -> Tensor:
     test = test.repeat(TEST_VERSIONS)
     test_images, images, test_labels, labels = distort(clean[test]), distort(clean[train]), labels[test], labels[train]
     shuffled = shuffle_patches(test_images)
-
     teacher = network(nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()), 16)
     optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
     for _ in range(epochs):  # on images distorted anew, so that it does not know the student's by heart
@@ -143,7 +133,6 @@ def run_seed(seed: int, epochs: int, rate: float, temperature: float) -> Tensor:
             update(optimizer, F.cross_entropy(teacher(distort(clean[train[batch]])), labels[batch]))
     with torch.inference_mode():
         data = images, labels, teacher.eval()(images)
-
     results = torch.zeros(len(DROPS), len(METHODS), 3)
     for row, drop in enumerate(DROPS):
         for column, method in enumerate(METHODS):
@@ -165,17 +154,21 @@ def cell(values: Tensor, sign: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
-    option("--epochs", type=int, default=20, help="of every network; the last third is without InfoDrop (20)")
-    option("--rate", type=float, default=1.5, help="draws per position (1.5)")
-    option("--temperature", type=float, default=0.03, help="of the draws; low: where the image repeats itself (0.03)")
-    option("--figure", type=Path, default=Path("infodrop.png"), help="where to save the chances (infodrop.png)")
+    parser.add_argument("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="of every network; the last third is without InfoDrop (20)"
+    )
+    parser.add_argument("--rate", type=float, default=1.5, help="draws per position (1.5)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.03, help="of the draws; low: where the image repeats itself (0.03)"
+    )
+    parser.add_argument(
+        "--figure", type=Path, default=Path("infodrop.png"), help="where to save the chances (infodrop.png)"
+    )
     args = parser.parse_args()
     run = partial(run_seed, epochs=args.epochs, rate=args.rate, temperature=args.temperature)
-    with get_context("spawn").Pool(2) as pool:  # one seed a core
+    with Pool(2) as pool:  # one seed a core
         results = torch.stack(list(tqdm(pool.imap(run, range(args.seeds)), total=args.seeds, unit="seed")))
-
     print(f"\nTest accuracy in %, mean and 95 % interval over {args.seeds} seeds; differences within a seed\n")
     print("dropout   method              intact       - none         - KD      shuffled       - none  weight")
     for row, drop in enumerate(DROPS):
@@ -184,7 +177,6 @@ def main() -> None:
             cells = cell(intact) + cell(intact - plain, "+") + cell(intact - results[:, row, 1, 0], "+")
             cells += cell(shuffled) + cell(shuffled - plain_shuffled, "+")
             print(f"{drop:10}{method:10}{cells}{weight.mean():8.2f}")
-
     images = distort(torch.tensor(load_digits().images[:3], dtype=torch.float32).unsqueeze(1) / 16)
     drop = InfoDrop(nn.Identity(), 3, 1, args.rate, args.temperature)
     chances = torch.stack([drop.chance(images) for _ in range(200)]).mean(0)
@@ -192,9 +184,7 @@ def main() -> None:
     for axes, shown in zip(figure.subplots(2, 3).flat, (*images.squeeze(1), *chances)):
         axes.imshow(shown, cmap="gray")
         axes.set_axis_off()
-    figure.suptitle(
-        "Images of the first digits, and the chance of every position to be dropped (bright: high)", fontsize=9
-    )
+    figure.suptitle("Three images, and the chance of their positions to be dropped (bright: high)", fontsize=9)
     figure.savefig(args.figure, dpi=110)
     print(f"\nFigure: {args.figure}")
 

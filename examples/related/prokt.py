@@ -12,7 +12,7 @@ import argparse
 import math
 from copy import deepcopy
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import Pool
 from pathlib import Path
 
 import torch
@@ -166,13 +166,14 @@ def print_table(alone: Tensor, outcomes: dict[tuple[str, str], Outcome]) -> None
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    option = parser.add_argument
-    option("--seeds", type=int, default=8, help="at least 2, for the intervals (8)")
-    option("--epochs", type=int, default=40, help="of every network (40)")
-    option("--pull", type=float, default=0.35, help="share of the student in the teacher's loss (0.35)")
-    option("--figure", type=Path, default=Path("prokt.png"), help="where to save the weights over time (prokt.png)")
+    parser.add_argument("--seeds", type=int, default=8, help="at least 2, for the intervals (8)")
+    parser.add_argument("--epochs", type=int, default=40, help="of every network (40)")
+    parser.add_argument("--pull", type=float, default=0.35, help="share of the student in the teacher's loss (0.35)")
+    parser.add_argument(
+        "--figure", type=Path, default=Path("prokt.png"), help="where to save the weights over time (prokt.png)"
+    )
     args = parser.parse_args()
-    with get_context("spawn").Pool(2) as pool:  # one seed a core
+    with Pool(2) as pool:  # one seed a core
         runs = pool.imap(partial(run_seed, epochs=args.epochs, pull=args.pull), range(args.seeds))
         alone, by_seed = zip(*tqdm(runs, total=args.seeds, unit="seed"))
     outcomes = {key: tuple(map(torch.stack, zip(*(seed[key] for seed in by_seed)))) for key in by_seed[0]}
