@@ -121,7 +121,12 @@ def teaching() -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     torch.manual_seed(0)
     digits = dfa.load_digits()
     clean, labels = torch.tensor(digits.images[:400]).float().unsqueeze(1) / 16, torch.tensor(digits.target[:400])
-    teacher = dfa.train_teacher(clean, labels, epochs=12)
+    teacher = dfa.Network(dfa.TEACHER, dfa.LAYERS)
+    optimizer = torch.optim.Adam(teacher.parameters(), lr=dfa.LR)
+    for _ in range(12):
+        for batch in torch.randperm(400).split(dfa.BATCH):
+            dfa.update(optimizer, F.cross_entropy(teacher(dfa.distort(clean[batch]))[0], labels[batch]))
+    teacher.eval()
     images = dfa.distort(clean)
     with torch.no_grad():
         maps = teacher(images)[1]

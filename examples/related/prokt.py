@@ -1,9 +1,23 @@
 """ProKT with Weighted Soft Labels: a teacher that learns beside its student and never gets far ahead of it.
 
-pip install "weighted-soft-labels[examples]"
-python prokt.py
+    pip install "weighted-soft-labels[examples]"
+    python prokt.py
 
-HEADER
+From Shi et al., "Follow Your Path", 2021 (arXiv 2107.09305; code wxsh1213/prokt_text): in every batch the teacher steps
+on (1 - pull) CE + pull KL(student || teacher), then the student on KL(teacher || student) alone, at T = 1, from
+untrained networks, each answering the other in eval mode. WSL takes the second KL's place with hard_weight=0. Smaller
+here: digits, tiny networks, constant learning rates. The converged teacher has learnt the labels of the same images and
+stays as it is.
+
+Defaults (8 seeds), AMD EPYC, torch 2.14.1. Test accuracy in %, mean and 95 % interval; labels alone: 58.4 +- 1.4
+
+    teacher                 KD           WSL      WSL - KD teacher's own   weight: first, middle, last epoch
+    converged      58.6 +- 1.3   58.6 +- 1.3   +0.0 +- 0.0   58.0 +- 1.1     1.00  0.99  0.92
+    progressive    59.7 +- 1.1   59.6 +- 1.3   -0.1 +- 0.2   59.0 +- 1.1     0.65  0.87  0.82
+    difference     +1.1 +- 0.4   +1.0 +- 0.3
+
+The progressive teacher is worth a point: the converged one knows the images by heart and repeats the labels. WSL is no
+better than KD. Its weight starts near 1 - 1/e, the student as sure as the teacher, and rises as the teacher goes ahead.
 """
 
 from __future__ import annotations
@@ -32,9 +46,6 @@ NOISE, BATCH, LR = 0.3, 100, 3e-3
 TEACHERS, METHODS = ("converged", "progressive"), ("KD", "WSL")
 Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images and labels to train on, images and labels to test on
 Outcome = tuple[Tensor, Tensor, Tensor]  # accuracy of student and teacher in percent, mean weight after each epoch
-
-
-# The method: what to lift into a project of your own ----------------------------------------------------------------
 
 
 def teacher_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, pull: float) -> Tensor:
@@ -67,9 +78,6 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
     logits: Tensor = model.eval()(images)
     model.train()
     return logits
-
-
-# One seed -----------------------------------------------------------------------------------------------------------
 
 
 def distort(images: Tensor) -> Tensor:
@@ -140,9 +148,6 @@ def run_seed(seed: int, epochs: int, pull: float) -> tuple[Tensor, dict[tuple[st
             torch.manual_seed(seed)  # the same batches
             outcomes[name, method] = distil(deepcopy(start), deepcopy(student), data, method, share, epochs)
     return accuracy(alone, data), outcomes
-
-
-# The report ---------------------------------------------------------------------------------------------------------
 
 
 def cell(values: Tensor, sign: str = "") -> str:
