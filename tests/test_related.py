@@ -28,7 +28,7 @@ from weighted_soft_labels.analysis import wsl_terms  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUMBER = r"[+-]?\d+\.\d+"
-OPTIONS = {"prokt": ("--epochs", "2"), "dfa": ("--epochs", "1", "--misaligned", "0.2"), "infodrop": ("--epochs", "3")}
+OPTIONS = {"prokt": ("--epochs", "1"), "dfa": ("--epochs", "1", "--misaligned", "0.2"), "infodrop": ("--epochs", "2")}
 
 
 @pytest.fixture(scope="module")
