@@ -160,7 +160,7 @@ def main() -> None:
     )
     parser.add_argument("--rate", type=float, default=1.5, help="draws per position (1.5)")
     parser.add_argument(
-        "--temperature", type=float, default=0.5, help="of the draws; low: where the image repeats itself (0.5)"
+        "--temperature", type=float, default=0.5, help="of the draws; low: to the flattest positions (0.5)"
     )
     parser.add_argument(
         "--figure", type=Path, default=Path("infodrop.png"), help="where to save the chances (infodrop.png)"
