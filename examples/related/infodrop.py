@@ -154,17 +154,12 @@ def cell(values: Tensor, sign: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
-    parser.add_argument(
-        "--epochs", type=int, default=20, help="of every network; the last third is without InfoDrop (20)"
-    )
-    parser.add_argument("--rate", type=float, default=1.5, help="draws per position (1.5)")
-    parser.add_argument(
-        "--temperature", type=float, default=0.5, help="of the draws; low: to the flattest positions (0.5)"
-    )
-    parser.add_argument(
-        "--figure", type=Path, default=Path("infodrop.png"), help="where to save the chances (infodrop.png)"
-    )
+    option = parser.add_argument
+    option("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
+    option("--epochs", type=int, default=20, help="of every network; the last third is without InfoDrop (20)")
+    option("--rate", type=float, default=1.5, help="draws per position (1.5)")
+    option("--temperature", type=float, default=0.5, help="of the draws; low: to the flattest positions (0.5)")
+    option("--figure", type=Path, default=Path("infodrop.png"), help="where to save the chances (infodrop.png)")
     args = parser.parse_args()
     run = partial(run_seed, epochs=args.epochs, rate=args.rate, temperature=args.temperature)
     with Pool(2) as pool:  # one seed a core
@@ -178,8 +173,8 @@ def main() -> None:
             cells += cell(shuffled) + cell(shuffled - plain_shuffled, "+")
             print(f"{drop:10}{method:10}{cells}{weight.mean():8.2f}")
     images = distort(torch.tensor(load_digits().images[:3], dtype=torch.float32).unsqueeze(1) / 16)
-    drop = InfoDrop(nn.Identity(), 3, 1, args.rate, args.temperature)
-    chances = torch.stack([drop.chance(images) for _ in range(200)]).mean(0)
+    layer = InfoDrop(nn.Identity(), 3, 1, args.rate, args.temperature)
+    chances = torch.stack([layer.chance(images) for _ in range(200)]).mean(0)
     figure = Figure(figsize=(6, 4), layout="constrained")
     for axes, shown in zip(figure.subplots(2, 3).flat, (*images.squeeze(1), *chances)):
         axes.imshow(shown, cmap="gray")
