@@ -9,8 +9,8 @@ two. "WSL, clean" takes the weight, by wsl_terms, from the student without dropo
 
 Defaults (5 seeds), AMD EPYC, torch 2.14.1; README.md has the table. InfoDrop gives CE +2.9 +- 2.3 points and takes 2.3
 +- 1.6 from KD, 2.1 +- 2.2 from WSL; uniform dropout takes over 5 from both. WSL is no better than KD anywhere. Its
-clean weight is smaller (0.81 to 0.89) and as good. Shuffled images (15 to 16 %) do not tell the methods apart. With the
-original's --temperature 0.03 only the padded border is dropped, and nothing changes: 8 x 8 pixels have no texture.
+clean weight is smaller (0.81 to 0.89) and as good. Shuffled images (15 to 16 %) do not tell the dropouts apart. At the
+original's --temperature 0.03 little but the padded border is dropped, without effect: 8 x 8 pixels have no texture.
 """
 
 from __future__ import annotations
