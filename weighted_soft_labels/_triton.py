@@ -124,12 +124,13 @@ class Scales(NamedTuple):
 @triton.jit
 def _log1p(x):
     """log(1 + x) for x >= 0 to float32 precision; the hardware logarithm has no relative precision near 1."""
-    s = x / (2 + x)  # log(1 + x) = 2 atanh(x / (2 + x)), 8 terms of which are exact to 1e-9 for x < 1
+    n = ((1 + x).to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000  # of 1 + x = 2^n m, 3/4 <= m < 3/2, times 2^23
+    scale = (0x3F800000 - n).to(tl.float32, bitcast=True)  # 2^-n
+    f = x * scale + (scale - 1)  # m - 1, exact for n = 0
+    s = f / (2 + f)  # log(m) = 2 atanh(s), 6 terms of which are exact to 1e-9
     q = s * s
-    p = 1 / 13 + q * (1 / 15)
-    p = 1 / 9 + q * (1 / 11 + q * p)
-    p = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * p)))
-    return tl.where(x < 1, 2 * s * p, tl.log(1 + x))
+    p = 1 / 7 + q * (1 / 9 + q * (1 / 11))
+    return n.to(tl.float32) * 8.262958294867817e-8 + 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * p)))
 
 
 @triton.jit
@@ -231,9 +232,9 @@ def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
 
 
 @triton.jit
-def _kept(target, first, size, stride, ignore_index):
+def _kept(target, size, stride, ignore_index):
     """Which of 1024 labels are there and not ignored."""
-    i = first + tl.arange(0, 1024)
+    i = tl.arange(0, 1024)
     label = tl.load(target + i.to(tl.int64) * stride, i < size, other=0).to(tl.int64)
     return ((i < size) & (label != ignore_index)).to(tl.int32)
 
@@ -245,7 +246,7 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
     1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
     """
     if COUNT == 1:
-        share /= tl.sum(_kept(target, 0, size, stride, ignore_index), axis=0).to(tl.float32)
+        share /= tl.sum(_kept(target, size.to(tl.int32), stride, ignore_index), axis=0).to(tl.float32)
     elif COUNT == 2:
         part = tl.arange(0, 256)
         share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
@@ -311,8 +312,7 @@ def _join(a, b, inverse, plan: tl.constexpr):
 def _nothing(student_peak, teacher_peak, plan: tl.constexpr):
     """Statistics of no class, seen from these maxima."""
     zero = tl.zeros([plan.ROWS, plan.LANES], tl.float32)
-    student, teacher = Row(student_peak + zero, zero, zero, zero), Row(teacher_peak + zero, zero, zero, zero)
-    return Statistics(student, teacher, zero, zero, zero, zero)
+    return Statistics(Row(student_peak, zero, zero, zero), Row(teacher_peak, zero, zero, zero), zero, zero, zero, zero)
 
 
 @triton.jit
@@ -425,7 +425,8 @@ def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADI
     unit = _unit(operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT)
     if upstream is not None:
         unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
-    known = _nothing(-3.4028234663852886e38, -3.4028234663852886e38, plan)  # the lowest finite number
+    lowest = tl.full([plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32)  # of finite numbers
+    known = _nothing(lowest, lowest, plan)
     if plan.TILE >= plan.CLASSES:
         student_z, teacher_z, s, t, dot, zs, n, mass = _block(student, teacher, target, 0, place, known, inverse, plan)
         known = Statistics(s, t, dot, zs, n, mass)
@@ -511,7 +512,7 @@ def _count_kernel(target, counted, size, ignore_index):
     """How many labels are not ignored, one part a program."""
     kept = tl.zeros([1024], tl.int32)
     for first in range(tl.program_id(0).to(tl.int64) * 1024, size, tl.num_programs(0) * 1024):
-        kept += _kept(target, first, size, 1, ignore_index)
+        kept += _kept(target + first, tl.minimum(size - first, 1024).to(tl.int32), 1, ignore_index)
     tl.store(counted + tl.program_id(0), tl.sum(kept, axis=0))
 
 
@@ -625,15 +626,10 @@ def _launch(
         lanes, k = 16 if pixels else 512, 16 // vector
     warps = max(4, lanes if pixels else lanes // 32)
     block = warps * 32 // lanes
-    alpha_t = options.alpha * options.temperature
     mode, counted, share = _count(student, target, options)
-    settings = (
-        1 / options.temperature,
-        alpha_t,
-        alpha_t * options.temperature,
-        options.hard_weight,
-        options.label_smoothing,
-    )
+    alpha_t = options.alpha * options.temperature
+    inverse, alpha_t2 = 1 / options.temperature, alpha_t * options.temperature
+    settings = (inverse, alpha_t, alpha_t2, options.hard_weight, options.label_smoothing)
     scalars = (rows, options.ignore_index, *settings, share, *(stride for operand in strides for stride in operand))
     return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
