@@ -312,7 +312,7 @@ def _forward(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *opt
 
 def _fake_forward(student: Tensor, teacher: Tensor, _: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
     rows = _empty_rows(student, teacher)
-    return rows if options[-1] == "none" else rows.new_empty(()), _kept_gradient(student, ahead)
+    return rows if "none" in options else rows.new_empty(()), _kept_gradient(student, ahead)
 
 
 def _backward(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
@@ -337,27 +337,40 @@ def _refuse_transform(*args: Any) -> Any:
     )
 
 
+def _refuse_second_derivative() -> None:
+    raise RuntimeError(
+        "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
+        "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
+    )
+
+
 def _autograd(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():  # eager ones come by _FunctionalWSL
         raise NotImplementedError("wsl_loss in a torch.func transform: leave the transform out of the compiled code")
     ahead = ahead or (torch.is_grad_enabled() and student.requires_grad)
-    loss, gradient = _WSL.apply(student, teacher, target, Options(*options), ahead, False)
+    loss, gradient = _WSL.apply(student, teacher, target, options, ahead, False)
     return loss, gradient
 
 
 _LOGITS = "Tensor student, Tensor teacher, Tensor target"
 _OPTIONS = "float temperature, float alpha, float hard_weight, float label_smoothing, int ignore_index, str reduction"
 _library: Any = torch.library.Library("weighted_soft_labels", "DEF")  # type: ignore[no-untyped-call]
-for _name, _schema, _run, _fake in (
-    ("forward", f"bool ahead, {_OPTIONS}) -> (Tensor, Tensor)", _forward, _fake_forward),
-    ("backward", f"Tensor upstream, {_OPTIONS}) -> Tensor", _backward, lambda s, *_: _empty_gradient(s)),
-    ("terms", "float temperature, int ignore_index) -> Tensor", _terms, lambda s, t, *_: _empty_rows(s, t, 4)),
-):
-    _library.define(f"{_name}({_LOGITS}, {_schema}")
-    _library.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"weighted_soft_labels::{_name}", _fake, lib=_library)
-    torch.library.register_vmap(f"weighted_soft_labels::{_name}", _refuse_transform, lib=_library)
-_library.impl("forward", _autograd, "Autograd")
+
+
+def define(name: str, schema: str, run: Any, fake: Any, autograd: Any = None) -> None:
+    _library.define(f"{name}({schema}")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"weighted_soft_labels::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"weighted_soft_labels::{name}", _refuse_transform, lib=_library)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
+
+
+_FORWARD = f"{_LOGITS}, bool ahead, {_OPTIONS}) -> (Tensor, Tensor)"
+_TERMS = f"{_LOGITS}, float temperature, int ignore_index) -> Tensor"
+define("forward", _FORWARD, _forward, _fake_forward, _autograd)
+define("backward", f"{_LOGITS}, Tensor upstream, {_OPTIONS}) -> Tensor", _backward, lambda s, *_: _empty_gradient(s))
+define("terms", _TERMS, _terms, lambda s, t, *_: _empty_rows(s, t, 4))
 
 
 # --- the autograd boundary ---
@@ -406,10 +419,7 @@ class _WSL(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
         if second is not None:
-            raise RuntimeError(
-                "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
-                "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
-            )
+            _refuse_second_derivative()
         if upstream is None:
             return (None,) * 6
         if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
