@@ -16,6 +16,7 @@ import weighted_soft_labels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_linear
 import bench_loss
 import bench_step
 import measuring
@@ -230,3 +231,17 @@ def test_training_step_is_measured_with_real_networks(monkeypatch, one_thread):
     for row in rows:
         assert 0 < float(row["loss_share_of_step"]) < 1, row
     measuring.refusals(rows)
+
+
+@linux
+def test_hidden_states_to_loss_are_measured(monkeypatch, one_thread):
+    """Also the memory: chunks of logits, where whole ones are three tensors."""
+    for name, value in {"ROWS": 512, "WIDTH": 16, "CLASSES": 16000, "LONGEST": 1e9}.items():
+        monkeypatch.setattr(bench_linear, name, value)
+    monkeypatch.setattr(measuring, "LEAST_BURSTS", 2)
+    monkeypatch.setattr(measuring, "ATTEMPTS", 1)
+    rows = {row["provider"]: row for row in bench_linear.rows_of("float32", 0.1, {"commit": "0123abc"})}
+    ours, unfused = rows["linear_wsl_loss"], rows["linear + wsl_loss"]
+    assert unfused["time_over_unfused"] == "1.00"
+    assert float(ours["peak_float32_logits"]) < 1.5 < float(unfused["peak_float32_logits"])
+    measuring.refusals(list(rows.values()))

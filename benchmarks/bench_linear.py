@@ -1,0 +1,129 @@
+"""Time and memory from hidden states to the loss, forward + backward: `linear_wsl_loss` against what it replaces.
+
+    python benchmarks/bench_linear.py
+    python benchmarks/bench_linear.py --seconds 1 --out /tmp/try            # a look
+
+On a CPU under Linux with two threads. Providers:
+
+    linear_wsl_loss            hidden states of both models to the loss and all gradients, in chunks
+    linear + wsl_loss          F.linear twice, then the loss: both sets of logits and their gradient are kept
+    linear_cross_entropy       F.linear_cross_entropy in chunks, where torch has it: the student alone
+    liger jsd                  Liger's fused linear JSD on torch operators, if `liger_kernel` can be imported: no weight
+
+Memory is the peak above the inputs and the gradients that are returned, in tensors of float32 logits, whatever the
+dtype (N x C x 4 bytes): in bfloat16 the float32 sum of the weight's gradient counts. A provider whose step takes more
+than half a minute (bfloat16 on a processor without instructions for it) is measured by that one step. Measured, written
+and refused as in bench_loss.py: see `measuring.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measuring import Row, Step, folder, low_fifth, machine, measure, peak_bytes, publish, show, spread
+from torch import Tensor
+from torch.utils.benchmark import timer
+
+from weighted_soft_labels import wsl_loss
+from weighted_soft_labels.linear import linear_wsl_loss
+
+ROWS, WIDTH, CLASSES, THREADS = 2048, 256, 64000, 2
+LONGEST = 30.0  # seconds
+DTYPES = ("float32", "bfloat16")
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((ROWS, WIDTH), (CLASSES, WIDTH)) * 2
+    x, weight, teacher_x, teacher_weight = (torch.randn(shape, generator=generator) for shape in shapes)
+    layers = x, weight / WIDTH**0.5, teacher_x, teacher_weight / WIDTH**0.5
+    x, weight, teacher_x, teacher_weight = (tensor.to(dtype) for tensor in layers)
+    target = torch.randint(CLASSES, (ROWS,), generator=generator)
+    return x.requires_grad_(), weight.requires_grad_(), teacher_x, teacher_weight, target
+
+
+def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, target: Tensor) -> dict[str, Step]:
+    losses: dict[str, Any] = {
+        "linear_wsl_loss": lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target),
+        "linear + wsl_loss": lambda: wsl_loss(F.linear(x, weight), F.linear(teacher_x, teacher_weight), target),
+    }
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        losses["linear_cross_entropy"] = lambda: F.linear_cross_entropy(x, weight, target, options=options)
+    if find_spec("liger_kernel"):
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        jsd = LigerFusedLinearJSDLoss(compiled=False)
+        losses["liger jsd"] = lambda: jsd(x, weight, teacher_x, teacher_weight, target)
+
+    def step_of(loss: Any) -> Step:
+        def step() -> None:
+            x.grad = weight.grad = None
+            loss().backward()
+
+        return step
+
+    return {name: step_of(loss) for name, loss in losses.items()}
+
+
+def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
+    x, weight, *others = inputs(getattr(torch, dtype))
+    steps = providers(x, weight, *others)
+    returned = x.numel() * x.element_size() + weight.numel() * weight.element_size()
+    peaks, alone = {}, {}
+    for name, step in steps.items():
+        for _ in range(2):  # the first also starts threads and libraries
+            x.grad = weight.grad = None
+            begin = timer()
+            peaks[name] = (peak_bytes(step, x, "cpu") - returned) / (4 * ROWS * CLASSES)
+            seconds_of_step = timer() - begin
+            if seconds_of_step > LONGEST:
+                alone[name] = [seconds_of_step]
+                break
+    times, load = measure({name: step for name, step in steps.items() if name not in alone}, seconds)
+    times |= {name: 2 * taken for name, taken in alone.items()}
+    low = {name: low_fifth(taken) for name, taken in times.items()}
+    return [
+        {
+            "use": "LLM vocabulary",
+            "shape": f"{ROWS}x{WIDTH}x{CLASSES}",
+            "dtype": dtype,
+            "provider": name,
+            "bursts": 1 if name in alone else len(times[name]),
+            "p20_ms": f"{1e3 * low[name]:.0f}",
+            "spread": f"{spread(times[name]):.2f}",
+            "load": f"{load:.3f}",
+            "time_over_unfused": f"{low[name] / low['linear + wsl_loss']:.2f}",
+            "peak_float32_logits": f"{peaks[name]:.3f}",
+            **common,
+        }
+        for name in steps
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
+    parser.add_argument("--seconds", type=float, help="to measure each dtype for, default 60; needs --out")
+    parser.add_argument("--out", type=folder, help="folder of the CSV file, instead of benchmarks/results")
+    args = parser.parse_args()
+    if (args.dtypes or args.seconds) and not args.out:
+        parser.error("--dtypes and --seconds need --out: benchmarks/results holds whole runs")
+    torch.set_num_threads(THREADS)
+    common = machine("cpu")
+    print(*common.values(), sep=", ")
+    rows = []
+    for dtype in args.dtypes or DTYPES:
+        found = rows_of(dtype, args.seconds or 60.0, common)
+        show(found, f"{dtype}, others took {found[0]['load']} of the CPU time", list(found[0])[: -len(common)])
+        rows += found
+    return publish(rows, "cpu_linear.csv", args.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
