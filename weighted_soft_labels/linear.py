@@ -48,13 +48,11 @@ def linear_wsl_loss(
         target: Class indices in [0, C), ``(...)``, any integer dtype.
         student_bias, teacher_bias: ``(C,)``.
         temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
-        chunk_size: Rows at a time. Default 20/64 of H, 11/64 in half precision: so three chunks of float32 logits and
-            what the weight's gradient in float32 takes above its dtype stay below the memory of that gradient; with
-            fewer rows, reading the weights takes longer than multiplying by them. But enough rows for two million
-            logits, which are worth starting kernels for.
-        group: Processes over which the vocabulary is sharded. Weights and biases are of this process's classes, which
-            follow those of the rank before; the rest is the same everywhere. The gradient of the input is summed over
-            the group, those of weight and bias are the shard's own.
+        chunk_size: Rows at a time. Default 20/64 of H, 11/64 in half precision: so three chunks of float32 logits take
+            less memory than the weight's gradient; with fewer rows, reading the weights takes longer than multiplying
+            by them. But enough rows for two million logits, which are worth starting kernels for.
+        group: Processes over which the vocabulary is sharded: weights and biases are of this process's classes, which
+            follow those of the rank before, the rest is the same everywhere. So are the gradients.
 
     Returns:
         That loss, for which logits are float32 (or float64) whatever the inputs are, as is the sum in which the
@@ -88,25 +86,24 @@ def linear_wsl_loss(
 
 def _check(name: str, product: torch.dtype | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Raises, or returns what stands for the logits in further checks: their shape, dtype and device in no memory."""
-    named = (f"{name}_input", x), (f"{name}_weight", weight), (f"{name}_bias", bias)
-    for which, tensor in named if bias is not None else named[:2]:
+    for which, tensor in {f"{name}_input": x, f"{name}_weight": weight, f"{name}_bias": bias}.items():
+        if tensor is bias and bias is None:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{which} must be a Tensor, got {type(tensor).__name__}")
         if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
             advice = "pass .full_tensor(), or if it is sharded by classes .to_local() and group"
             raise TypeError(f"{which} must be a Tensor of this process, got a {type(tensor).__name__}: {advice}")
-        if tensor.numel() == 0 and which.endswith("weight"):
+        if tensor is weight and tensor.numel() == 0:
             advice = "if ZeRO or FSDP shard it, gather it first (GatheredParameters, summon_full_params)"
             raise ValueError(f"{which} has no elements, shape {tuple(tensor.shape)}: {advice}")
-        if tensor.dtype not in loss.DTYPES:
-            raise TypeError(f"{which} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.dtype != x.dtype and (product is None or not tensor.is_floating_point()):
+            raise TypeError(f"{name}_input and {which} must have the same dtype, got {x.dtype} and {tensor.dtype}")
         if tensor.device != x.device:
             raise ValueError(f"{which} must be on the device of {name}_input, {x.device}, got {tensor.device}")
     shapes = tuple(x.shape), tuple(weight.shape), None if bias is None else tuple(bias.shape)
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or (bias is not None and bias.shape != weight.shape[:1]):
         raise ValueError(f"{name}_input, _weight and _bias must be (..., H), (C, H) and (C,), got {shapes}")
-    if product is None and x.dtype != weight.dtype:
-        raise TypeError(f"{name}_input and {name}_weight must have the same dtype, got {x.dtype} and {weight.dtype}")
     return x.new_empty(()).expand(*x.shape[:-1], len(weight))
 
 
@@ -126,49 +123,28 @@ def _add_product(out: Tensor, a: Tensor, b: Tensor, beta: int = 1) -> None:
 def _run(*arguments: Any) -> tuple[Tensor, ...]:
     """The loss, and what is kept for backward: gradients for an incoming gradient of 1; of the reduction "none", whose
     rows have one each, copies of what may be inference tensors. With these as `upstream`, the gradients for them."""
-    *tensors, target, upstream, wanted, product, chunk_size, group = arguments[:12]
-    options = Options(*arguments[12:])
-    later = options.reduction == "none" and upstream is None
-    cast = [
+    *tensors, label, upstream, wanted, product, size, group = arguments[:12]
+    options, target = Options(*arguments[12:]), label.long()
+    each, later = options._replace(reduction="none"), options.reduction == "none" and upstream is None
+    x, weight, bias, teacher_x, teacher_weight, teacher_bias = (
         y if product is None or y is None or y.dtype == torch.float64 or y.dim() == 1 else y.to(product)
         for y in tensors
-    ]
-    now, each = [want and not later for want in wanted], options._replace(reduction="none")
-    losses, found = _walk(cast, target.long(), upstream, now, (chunk_size, group), each)
-    if later:
-        return losses, tensors[3].clone(), target.clone(), found[2]
-    if options.reduction == "mean":
-        count = (target.long() != options.ignore_index).sum()
-        for total in found:
-            total.div_(count.clamp(min=1))
-    found = [total.to(_kept_dtype(y)) if want else total for total, y, want in zip(found, tensors, wanted)]
-    if options.reduction != "none":
-        losses = losses.sum() / count if options.reduction == "mean" else losses.sum()
-    return losses, *found
-
-
-def _walk(
-    tensors: Any, target: Tensor, upstream: Tensor | None, wanted: list[bool], settings: Any, options: Options
-) -> tuple[Tensor, list[Tensor]]:
-    """Of every row the loss, and gradients of the student's input, weight and bias."""
-    x, weight, bias, teacher_x, teacher_weight, teacher_bias = tensors
-    size, group = settings
-    shard = parallel.join(group, weight.t(), teacher_weight.t(), len(x)) if group else None
-    ignored, classes = target == options.ignore_index, len(weight)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, teacher_x.dtype), torch.float32)
-    size = max(
-        min(len(x), size or max((11 if weight.element_size() == 2 else 20) * x.shape[1] // 64, 2**21 // classes)), 1
     )
+    now = [want and not later for want in wanted]
+    shard = parallel.join(group, weight.t(), teacher_weight.t(), len(x)) if group else None
+    kept, classes = target != options.ignore_index, len(weight)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, teacher_x.dtype), torch.float32)
+    size = size or max((11 if weight.element_size() == 2 else 20) * x.shape[1] // 64, 2**21 // classes)
     # In one piece: of large ones, not of small ones, the memory returns to the system on a CPU.
-    logits, taught, gradient = x.new_empty((3, size, classes), dtype=dtype)
+    logits, taught, gradient = x.new_empty((3, max(1, min(len(x), size)), classes), dtype=dtype)
     if _sums(x) and x.dtype == torch.bfloat16:  # the range of float16 is too small
         gradient = torch.empty_like(gradient, dtype=x.dtype)
-    losses, found = logits.new_empty(len(x)), [logits.new_zeros(y.shape if w else 0) for y, w in zip(tensors, wanted)]
+    losses, found = logits.new_empty(len(x)), [logits.new_zeros(y.shape if w else 0) for y, w in zip(tensors, now)]
     whole = {weight.dtype, teacher_weight.dtype} <= {dtype, gradient.dtype}
     pieces = [slice(c, None if whole else c + PIECE) for c in range(0, classes, classes if whole else PIECE)]
-    for part in (slice(start, start + size) for start in range(0, len(x), size)):
-        y, taken = target[part][None], x[part].masked_fill(ignored[part, None], 0)  # 0 * NaN would be NaN
-        s, t, g = (z[: y.shape[1]] for z in (logits, taught, gradient))
+    for part in (slice(start, start + len(logits)) for start in range(0, len(x), len(logits))):
+        taken = x[part].where(kept[part, None], 0)  # 0 * NaN would be NaN
+        s, t, g = (z[: len(taken)] for z in (logits, taught, gradient))
         for c in pieces:
             _add_product(s[:, c], taken, weight[c].t(), beta=0)
             _add_product(t[:, c], teacher_x[part], teacher_weight[c].t(), beta=0)
@@ -176,19 +152,27 @@ def _walk(
             if added is not None:
                 z += added
         forward = partial(parallel.forward, shard=shard) if shard else loss.implementation(s, t).forward
-        filled = loss._logits(g) if any(wanted) else None
-        losses[part] = forward(loss._logits(s), loss._logits(t), y, options, filled)[0]
+        filled = loss._logits(g) if any(now) else None
+        losses[part] = forward(loss._logits(s), loss._logits(t), target[part][None], each, filled)[0]
         if upstream is not None:
             g.mul_(upstream[part, None])
-        for c in pieces if wanted[0] else ():
+        for c in pieces if now[0] else ():
             _add_product(found[0][part], g[:, c], weight[c])
-        if wanted[1]:
+        if now[1]:
             _add_product(found[1], g.t(), taken)
-        if wanted[2]:
+        if now[2]:
             found[2] += g.sum(0, dtype=dtype)
-    if shard and wanted[0]:
+    if shard and now[0]:
         torch.distributed.all_reduce(found[0], group=shard.group)
-    return losses, found
+    if later:
+        return losses, tensors[3].clone(), label.clone(), found[2]
+    if options.reduction == "mean":
+        for total in found:
+            total.div_(kept.sum().clamp(min=1))
+    found = [total.to(_kept_dtype(y)) if w else total for total, y, w in zip(found, tensors, wanted)]
+    if options.reduction != "none":
+        losses = losses.sum() / kept.sum() if options.reduction == "mean" else losses.sum()
+    return losses, *found
 
 
 def _kept_dtype(x: Tensor) -> torch.dtype:

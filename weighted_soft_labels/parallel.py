@@ -37,19 +37,17 @@ def vocab_parallel_wsl_loss(
 ) -> Tensor:
     """:func:`weighted_soft_labels.wsl_loss` of logits whose classes are sharded over the processes of a group.
 
-    Every process of the group calls it with the same rows and options. Process r holds the classes that follow those of
-    process r - 1; shards may differ in size.
+    Each calls it with the same rows and options, and holds the classes after those of the rank before, of any number.
 
     Args:
         student_logits: ``(..., C_local)``, the class dimension last; float16, bfloat16, float32 or float64.
         teacher_logits: Same shape, the same classes; the dtype may differ.
-        target: Global class indices in [0, sum of all C_local), ``(...)``, any integer dtype, alike on all processes.
-        group: The processes that share the classes.
+        target: Global class indices in [0, sum of all C_local), ``(...)``, any integer dtype.
         temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
 
     Returns:
-        The loss of :func:`wsl_loss`, the same on every process. The gradient of each process is that of its own shard:
-        neither summed over the group nor multiplied by its size.
+        That loss, the same on every process. The gradient of each is that of its own shard, neither summed over the
+        group nor multiplied by its size.
 
     Raises:
         ValueError: Also where the shards of student and teacher, or the rows of the processes, do not fit together: on
@@ -61,11 +59,10 @@ def vocab_parallel_wsl_loss(
     student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits.detach()))
     arguments = (student, teacher, target.reshape(-1))
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        found, _ = torch.ops.weighted_soft_labels.forward(*arguments, False, *options, group.group_name)
+        found: Tensor = torch.ops.weighted_soft_labels.forward(*arguments, False, *options, group.group_name)[0]
     else:
-        found, _ = loss._FunctionalWSL.apply(*arguments, (*options, group.group_name), True, False)
-    result: Tensor = found.view(target.shape) if reduction == "none" else found
-    return result
+        found = loss._FunctionalWSL.apply(*arguments, (*options, group.group_name), True, False)[0]
+    return found.view(target.shape) if reduction == "none" else found
 
 
 def check(student: Tensor, teacher: Tensor, target: Tensor) -> None:
@@ -95,12 +92,10 @@ def join(name: str, student: Tensor, teacher: Tensor, rows: int) -> Shard:
     """Exchanges sizes. They are not remembered: that the shard of another process has changed, this one could not know.
 
     `student` and `teacher` have the classes of this process in dimension 1."""
-    registry: Any = dist.distributed_c10d
-    group = registry._resolve_process_group(name)
+    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,attr-defined,unused-ignore]
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sizes = torch.zeros((size, 3), dtype=torch.int64, device=student.device)
-    for i, own in enumerate((rows, student.shape[1], teacher.shape[1])):
-        sizes[rank, i] = own
+    sizes[rank] = torch.tensor((rows, student.shape[1], teacher.shape[1]))
     dist.all_reduce(sizes, group=group)
     if student.is_cpu or student.shape[1] != teacher.shape[1]:
         all_rows, of_student, of_teacher = sizes.t().tolist()
