@@ -251,6 +251,7 @@ def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
         style = {"fmt": marker, "markersize": 4, "capsize": 2, "color": COLORS[other]}
         axes.errorbar(means, places, xerr=halves, label=f"above {other}", **style)
     axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_xscale("symlog", linthresh=1)
     axes.set_yticks([-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8)
     axes.set_xlabel("test accuracy of WSL (points)")
     axes.legend(fontsize=8)
