@@ -26,6 +26,7 @@ sys.path.insert(0, str(STUDY))
 import bias_variance  # noqa: E402
 import regularization_samples as script  # noqa: E402
 import study  # noqa: E402
+import teacher_mistakes  # noqa: E402
 
 from weighted_soft_labels.analysis import regularization_samples, wsl_terms  # noqa: E402
 
@@ -216,15 +217,21 @@ def test_the_page_prints_what_the_tables_say(tmp_path: Path, capsys: pytest.Capt
     page = (STUDY / "STUDY.md").read_text()
     results, only_tables = STUDY / "results" / "fashion-mnist", shutil.ignore_patterns("*.png")
     shutil.copytree(results, tmp_path, ignore=only_tables, dirs_exist_ok=True)
-    for name, report in REPORTS.items():
+    for name, report in (REPORTS | {"teacher_mistakes": teacher_mistakes.report}).items():
         described = json.loads((tmp_path / f"{name}.json").read_text())
         report(tmp_path, described)
         assert len({row["seed"] for row in table(tmp_path / f"{name}.csv")}) == described["seeds"] >= 10
         for value in (f"{described['seeds']} seeds", described["torch"].split("+")[0], described["device"]):
             assert value in page
+    digits = tmp_path / "digits"
+    shutil.copytree(STUDY / "results" / "digits", digits, ignore=only_tables)
+    teacher_mistakes.report(digits, json.loads((digits / "teacher_mistakes.json").read_text()))
     printed, blocks = capsys.readouterr().out, re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 6
     assert all(block in printed for block in blocks)
+    tables = re.findall(r"^\| teacher \|.*?^\n", page, re.MULTILINE | re.DOTALL)
+    assert len(tables) == 2
+    assert all(table in printed for table in tables)
     linked = re.findall(r"\((results/[^)]+)\)", page)
     drawn = {f"results/fashion-mnist/{figure.name}" for figure in tmp_path.glob("*.png")}
     assert drawn == {name for name in linked if name.endswith(".png")}
