@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+import test_linear
 from budget import assert_as_reference, step
 from test_loss import float64_weight, memorised, problem
 
@@ -44,6 +45,19 @@ def test_weight_is_exact_with_the_hardware_s_exponential(classes):
 def test_large_shapes(shape, dtype):
     for options in ({}, {"temperature": 4.0, "label_smoothing": 0.1}):
         assert_as_reference(*on_gpu(*problem(shape, ignored=True, dtype=dtype)), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_hidden_states_to_the_loss(dtype):
+    """bfloat16 takes a path of its own: products of halves added up in float32, and the gradient of logits in halves."""
+    tensors = test_linear.problem(dtype)
+    expected_loss, expected = test_linear.exact(tensors)
+    loss, gradients = test_linear.found(dict(zip(tensors, on_gpu(*tensors.values()))), chunk_size=5)
+    torch.testing.assert_close(loss.cpu().double(), expected_loss, rtol=1e-5, atol=0)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    for name, gradient in gradients.items():
+        atol = tolerance * expected[name].abs().max().item()
+        torch.testing.assert_close(gradient.cpu().double(), expected[name], rtol=tolerance, atol=atol)
 
 
 def test_more_elements_than_32_bits_count():
