@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_linear
 import torch
 import torch.nn.functional as F
-import test_linear
 from budget import assert_as_reference, step
 from test_loss import float64_weight, memorised, problem
 
@@ -49,7 +49,7 @@ def test_large_shapes(shape, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_hidden_states_to_the_loss(dtype):
-    """bfloat16 takes a path of its own: products of halves added up in float32, and the gradient of logits in halves."""
+    """bfloat16 takes a path of its own: products of halves added up in float32, and the logits' gradient in halves."""
     tensors = test_linear.problem(dtype)
     expected_loss, expected = test_linear.exact(tensors)
     loss, gradients = test_linear.found(dict(zip(tensors, on_gpu(*tensors.values()))), chunk_size=5)
