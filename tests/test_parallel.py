@@ -175,6 +175,16 @@ def test_shards_of_real_processes_are_one_process(world, tmp_path):
     in_processes(everything, world, tmp_path)
 
 
+def test_a_group_of_one_is_one_process(tmp_path):
+    """Within the process of the tests, so that what measures coverage sees it."""
+    joined(0, 1, tmp_path)
+    try:
+        sharded_logits(0, 1, dist.group.WORLD, slice(None))
+        sharded_layers(dist.group.WORLD, slice(None))
+    finally:
+        dist.destroy_process_group()
+
+
 def test_merged_statistics_are_those_of_all_classes_together():
     """However they are divided, and where leaders tie."""
     generator = torch.Generator().manual_seed(0)
