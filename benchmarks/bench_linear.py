@@ -11,9 +11,9 @@ On a CPU under Linux with two threads. Providers:
     liger jsd                  Liger's fused linear JSD on torch operators, if `liger_kernel` can be imported: no weight
 
 Memory is the peak above the inputs and the gradients that are returned, in tensors of float32 logits, whatever the
-dtype (N x C x 4 bytes): in bfloat16 the float32 sum of the weight's gradient counts. A provider whose step takes more
-than half a minute (bfloat16 on a processor without instructions for it) is measured by that one step. Measured, written
-and refused as in bench_loss.py: see `measuring.py`.
+dtype (N x C x 4 bytes): in bfloat16 the float32 sum of the weight's gradient counts. In bfloat16 linear_wsl_loss alone
+is measured: on a processor without instructions for it one step of the others takes minutes. Measured, written and
+refused as in bench_loss.py: see `measuring.py`.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ import torch
 import torch.nn.functional as F
 from measuring import Row, Step, folder, low_fifth, machine, measure, peak_bytes, publish, show, spread
 from torch import Tensor
-from torch.utils.benchmark import timer
 
 from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.linear import linear_wsl_loss
 
 ROWS, WIDTH, CLASSES, THREADS = 2048, 256, 64000, 2
-LONGEST = 30.0  # seconds
+OURS, UNFUSED = "linear_wsl_loss", "linear + wsl_loss"
 DTYPES = ("float32", "bfloat16")
 
 
@@ -49,8 +48,8 @@ def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, target: Tensor) -> dict[str, Step]:
     losses: dict[str, Any] = {
-        "linear_wsl_loss": lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target),
-        "linear + wsl_loss": lambda: wsl_loss(F.linear(x, weight), F.linear(teacher_x, teacher_weight), target),
+        OURS: lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target),
+        UNFUSED: lambda: wsl_loss(F.linear(x, weight), F.linear(teacher_x, teacher_weight), target),
     }
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
@@ -68,25 +67,19 @@ def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tens
 
         return step
 
-    return {name: step_of(loss) for name, loss in losses.items()}
+    return {name: step_of(loss) for name, loss in losses.items() if x.dtype == torch.float32 or name == OURS}
 
 
 def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
     x, weight, *others = inputs(getattr(torch, dtype))
     steps = providers(x, weight, *others)
     returned = x.numel() * x.element_size() + weight.numel() * weight.element_size()
-    peaks, alone = {}, {}
+    peaks = {}
     for name, step in steps.items():
         for _ in range(2):  # the first also starts threads and libraries
             x.grad = weight.grad = None
-            begin = timer()
             peaks[name] = (peak_bytes(step, x, "cpu") - returned) / (4 * ROWS * CLASSES)
-            seconds_of_step = timer() - begin
-            if seconds_of_step > LONGEST:
-                alone[name] = [seconds_of_step]
-                break
-    times, load = measure({name: step for name, step in steps.items() if name not in alone}, seconds)
-    times |= {name: 2 * taken for name, taken in alone.items()}
+    times, load = measure(steps, seconds)
     low = {name: low_fifth(taken) for name, taken in times.items()}
     return [
         {
@@ -94,11 +87,11 @@ def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
             "shape": f"{ROWS}x{WIDTH}x{CLASSES}",
             "dtype": dtype,
             "provider": name,
-            "bursts": 1 if name in alone else len(times[name]),
+            "bursts": len(times[name]),
             "p20_ms": f"{1e3 * low[name]:.0f}",
             "spread": f"{spread(times[name]):.2f}",
             "load": f"{load:.3f}",
-            "time_over_unfused": f"{low[name] / low['linear + wsl_loss']:.2f}",
+            "time_over_unfused": f"{low[name] / low[UNFUSED]:.2f}" if UNFUSED in low else "",
             "peak_float32_logits": f"{peaks[name]:.3f}",
             **common,
         }

@@ -236,7 +236,7 @@ def test_training_step_is_measured_with_real_networks(monkeypatch, one_thread):
 @linux
 def test_hidden_states_to_loss_are_measured(monkeypatch, one_thread):
     """Also the memory: chunks of logits, where whole ones are three tensors."""
-    for name, value in {"ROWS": 512, "WIDTH": 16, "CLASSES": 16000, "LONGEST": 1e9}.items():
+    for name, value in {"ROWS": 512, "WIDTH": 16, "CLASSES": 16000}.items():
         monkeypatch.setattr(bench_linear, name, value)
     monkeypatch.setattr(measuring, "LEAST_BURSTS", 2)
     monkeypatch.setattr(measuring, "ATTEMPTS", 1)
