@@ -48,7 +48,7 @@ def linear_wsl_loss(
         target: Class indices in [0, C), ``(...)``, any integer dtype.
         student_bias, teacher_bias: ``(C,)``.
         temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
-        chunk_size: Rows at a time. Default 20/64 of H, 11/64 in half precision: so three chunks of float32 logits take
+        chunk_size: Rows at a time. Default 24/64 of H, 11/64 in half precision: so three chunks of float32 logits take
             less memory than the weight's gradient; with fewer rows, reading the weights takes longer than multiplying
             by them. But enough rows for two million logits, which are worth starting kernels for.
         group: Processes over which the vocabulary is sharded: weights and biases are of this process's classes, which
@@ -126,20 +126,37 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     *tensors, label, upstream, wanted, product, size, group = arguments[:12]
     options, target = Options(*arguments[12:]), label.long()
     each, later = options._replace(reduction="none"), options.reduction == "none" and upstream is None
-    x, weight, bias, teacher_x, teacher_weight, teacher_bias = (
+    cast = [
         y if product is None or y is None or y.dtype == torch.float64 or y.dim() == 1 else y.to(product)
         for y in tensors
-    )
-    now = [want and not later for want in wanted]
+    ]
+    kept, now = target != options.ignore_index, [want and not later for want in wanted]
+    losses, found = _walk(*cast, target, kept, upstream, now, size, group, each)
+    if later:
+        return losses, tensors[3].clone(), label.clone(), found[2]
+    if options.reduction == "mean":
+        for total in found:
+            total.div_(kept.sum().clamp(min=1))
+    found = [total.to(_kept_dtype(y)) if w else total for total, y, w in zip(found, tensors, wanted)]
+    if options.reduction != "none":
+        losses = losses.sum() / kept.sum() if options.reduction == "mean" else losses.sum()
+    return losses, *found
+
+
+def _walk(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """Of every row the loss, and for these incoming gradients those of the student's input, weight and bias. A function
+    of its own, so that the chunks are gone before a gradient is converted."""
+    x, weight, bias, teacher_x, teacher_weight, teacher_bias = tensors = arguments[:6]
+    target, kept, upstream, wanted, size, group, options = arguments[6:]
     shard = parallel.join(group, weight.t(), teacher_weight.t(), len(x)) if group else None
-    kept, classes = target != options.ignore_index, len(weight)
+    classes = len(weight)
     dtype = torch.promote_types(torch.promote_types(x.dtype, teacher_x.dtype), torch.float32)
-    size = size or max((11 if weight.element_size() == 2 else 20) * x.shape[1] // 64, 2**21 // classes)
+    size = size or max((11 if weight.element_size() == 2 else 24) * x.shape[1] // 64, 2**21 // classes)
     # In one piece: of large ones, not of small ones, the memory returns to the system on a CPU.
     logits, taught, gradient = x.new_empty((3, max(1, min(len(x), size)), classes), dtype=dtype)
     if _sums(x) and x.dtype == torch.bfloat16:  # the range of float16 is too small
         gradient = torch.empty_like(gradient, dtype=x.dtype)
-    losses, found = logits.new_empty(len(x)), [logits.new_zeros(y.shape if w else 0) for y, w in zip(tensors, now)]
+    losses, found = logits.new_empty(len(x)), [logits.new_zeros(y.shape if w else 0) for y, w in zip(tensors, wanted)]
     whole = {weight.dtype, teacher_weight.dtype} <= {dtype, gradient.dtype}
     pieces = [slice(c, None if whole else c + PIECE) for c in range(0, classes, classes if whole else PIECE)]
     for part in (slice(start, start + len(logits)) for start in range(0, len(x), len(logits))):
@@ -152,27 +169,19 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
             if added is not None:
                 z += added
         forward = partial(parallel.forward, shard=shard) if shard else loss.implementation(s, t).forward
-        filled = loss._logits(g) if any(now) else None
-        losses[part] = forward(loss._logits(s), loss._logits(t), target[part][None], each, filled)[0]
+        filled = loss._logits(g) if any(wanted) else None
+        losses[part] = forward(loss._logits(s), loss._logits(t), target[part][None], options, filled)[0]
         if upstream is not None:
             g.mul_(upstream[part, None])
-        for c in pieces if now[0] else ():
+        for c in pieces if wanted[0] else ():
             _add_product(found[0][part], g[:, c], weight[c])
-        if now[1]:
+        if wanted[1]:
             _add_product(found[1], g.t(), taken)
-        if now[2]:
+        if wanted[2]:
             found[2] += g.sum(0, dtype=dtype)
-    if shard and now[0]:
+    if shard and wanted[0]:
         torch.distributed.all_reduce(found[0], group=shard.group)
-    if later:
-        return losses, tensors[3].clone(), label.clone(), found[2]
-    if options.reduction == "mean":
-        for total in found:
-            total.div_(kept.sum().clamp(min=1))
-    found = [total.to(_kept_dtype(y)) if w else total for total, y, w in zip(found, tensors, wanted)]
-    if options.reduction != "none":
-        losses = losses.sum() / kept.sum() if options.reduction == "mean" else losses.sum()
-    return losses, *found
+    return losses, found
 
 
 def _kept_dtype(x: Tensor) -> torch.dtype:
