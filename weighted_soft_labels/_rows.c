@@ -12,9 +12,6 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
 #define EPS 1e-7f           /* of the official code: keeps the weight finite where the teacher's cross-entropy is 0 */
 #define LANES 16            /* at most; `lanes` is a constant wherever it is used */
@@ -388,21 +385,6 @@ TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 avx512(int64_t begin, int64_t end, void *job) { tiles(begin, end, job, 16); }
 #endif
 
-/* A large gradient is fresh memory, and to be given it in pages of 4 KiB would take longer than to compute it. */
-static void ask_for_huge_pages(const Job *job)
-{
-#ifdef MADV_HUGEPAGE
-    const Logits *g = &job->gradient;
-    const int64_t last = (job->batches - 1) * g->batch + (job->classes - 1) * g->class_ + (job->rows - 1) * g->row;
-    const uintptr_t page = 1 << 21, begin = ((uintptr_t)g->address + page - 1) / page * page;
-    const uintptr_t end = ((uintptr_t)g->address + (last + 1) * SIZE[g->dtype]) / page * page;
-    if (begin < end)
-        madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#else
-    (void)job;
-#endif
-}
-
 /* How many rows count in the mean, or -1 with an exception. */
 static int64_t count(const Job *job)
 {
@@ -450,8 +432,6 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     const int64_t number = (job.rows + job.tile - 1) / job.tile * job.batches;
     const int64_t grain = GRAIN / (job.tile * job.classes) + 1;
     ParallelFor *parallel_for = (ParallelFor *)address;
-    if (g->address)
-        ask_for_huge_pages(&job);
     Py_BEGIN_ALLOW_THREADS
     if (parallel_for && number > grain)
         parallel_for(0, number, grain, chosen, &job);
