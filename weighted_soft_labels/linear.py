@@ -137,7 +137,7 @@ def _run(*arguments: Any) -> tuple[Tensor, ...]:
     if options.reduction == "mean":
         for total in found:
             total.div_(kept.sum().clamp(min=1))
-    found = [total.to(_kept_dtype(y)) if w else total for total, y, w in zip(found, tensors, wanted)]
+    found = [total.to(loss._kept_dtype(y)) if w else total for total, y, w in zip(found, tensors, wanted)]
     if options.reduction != "none":
         losses = losses.sum() / kept.sum() if options.reduction == "mean" else losses.sum()
     return losses, *found
@@ -184,10 +184,6 @@ def _walk(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     return losses, found
 
 
-def _kept_dtype(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.dtype == torch.float16 else x.dtype  # see `loss._kept_gradient`
-
-
 def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     tensors, upstream, wanted, reduction = arguments[:7], arguments[7], arguments[8], arguments[-1]
     dtype = torch.float64 if torch.float64 in (tensors[0].dtype, tensors[3].dtype) else torch.float32
@@ -195,7 +191,7 @@ def _fake(*arguments: Any) -> tuple[Tensor, ...]:
     if reduction == "none" and upstream is None:
         return losses, torch.empty_like(tensors[3]), torch.empty_like(tensors[6]), losses.new_empty(0)
     return losses, *(
-        x.new_empty(x.shape, dtype=_kept_dtype(x)) if want else losses.new_empty(0)
+        x.new_empty(x.shape, dtype=loss._kept_dtype(x)) if want else losses.new_empty(0)
         for x, want in zip(tensors[:3], wanted)
     )
 
@@ -218,12 +214,9 @@ class _LinearWSL(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *second: Tensor | None) -> tuple[Tensor | None, ...]:
-        if any(gradient is not None for gradient in second):
-            loss._refuse_second_derivative()
+        loss._check_incoming(upstream, *second)
         if upstream is None:
             return (None,) * (8 + len(ctx.arguments))
-        if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
-            loss._refuse_transform()
         found = ctx.saved_tensors
         if ctx.later:
             teacher_x, target, _, *student, teacher_weight, teacher_bias = found
@@ -232,12 +225,8 @@ class _LinearWSL(Function):
                 _, *found = torch.ops.weighted_soft_labels.linear_loss(*tensors, upstream, *ctx.arguments)
             if torch.is_grad_enabled():
                 found = [gradient + teacher_x[:0].sum() for gradient in found]  # of nothing, to tie it to the student
-        elif torch.is_grad_enabled() or not ctx.plain or loss._graph_is_kept():
-            found = [gradient * upstream for gradient in found]
-        else:  # nobody comes by again
-            found = [gradient.detach() for gradient in found]
-            for gradient in found:
-                loss.implementation(gradient, gradient).scale_(gradient, upstream)
+        else:
+            found = [loss._scaled(gradient, upstream, ctx.plain) for gradient in found]
         found = (g.to(d) if want else None for g, d, want in zip(found, ctx.dtypes, ctx.arguments[0]))
         return *found, *(None,) * (5 + len(ctx.arguments))
 

@@ -288,10 +288,13 @@ def _empty_gradient(student: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 
 def _kept_gradient(student: Tensor, wanted: bool) -> Tensor:
-    """To keep from forward to backward: float32 for float16, which divided by the batch size would underflow before a
-    gradient scaler could multiply it."""
-    dtype = torch.float32 if student.dtype == torch.float16 else None
-    return _empty_gradient(student, dtype) if wanted else student.new_empty(0)
+    return _empty_gradient(student, _kept_dtype(student)) if wanted else student.new_empty(0)
+
+
+def _kept_dtype(x: Tensor) -> torch.dtype:
+    """Of a gradient kept from forward to backward: float32 for float16, which divided by the batch size would underflow
+    before a gradient scaler could multiply it."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
 def _empty_rows(student: Tensor, teacher: Tensor, *leading: int) -> Tensor:
@@ -337,11 +340,25 @@ def _refuse_transform(*args: Any) -> Any:
     )
 
 
-def _refuse_second_derivative() -> None:
-    raise RuntimeError(
-        "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
-        "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
-    )
+def _check_incoming(upstream: Tensor | None, *second: Tensor | None) -> None:
+    """Of the loss and of the gradients that stand beside it as outputs."""
+    if any(gradient is not None for gradient in second):
+        raise RuntimeError(
+            "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
+            "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
+        )
+    functorch = torch._C._functorch
+    if upstream is not None and (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)):
+        _refuse_transform()
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, plain: bool) -> Tensor:
+    """A gradient that was formed for an incoming gradient of 1; in place where nobody comes by again."""
+    if torch.is_grad_enabled() or not plain or _graph_is_kept():
+        return gradient * (upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream)
+    gradient = gradient.detach()
+    implementation(gradient, gradient).scale_(gradient, upstream)
+    return gradient
 
 
 def _autograd(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
@@ -418,12 +435,9 @@ class _WSL(Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
-        if second is not None:
-            _refuse_second_derivative()
+        _check_incoming(upstream, second)
         if upstream is None:
             return (None,) * 6
-        if torch._C._functorch.is_batchedtensor(upstream) or torch._C._functorch.is_legacy_batchedtensor(upstream):
-            _refuse_transform()
         gradient, *inputs = ctx.saved_tensors
         if inputs:
             inputs = [saved if held is None else held for saved, held in zip(inputs, ctx.held)]
@@ -432,12 +446,8 @@ class _WSL(Function):
                 found = run(*inputs, upstream, *ctx.options)
             if torch.is_grad_enabled():
                 found = found + gradient.sum()  # of nothing, to tie it to the student
-        elif torch.is_grad_enabled() or not ctx.plain or _graph_is_kept():
-            upstream = upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream
-            found = (gradient * upstream).to(ctx.dtype)
-        else:  # nobody comes by again
-            found = gradient.detach()
-            implementation(found, found).scale_(found, upstream)
+        else:
+            found = _scaled(gradient, upstream, ctx.plain).to(ctx.dtype)
         return found, None, None, None, None, None
 
 
