@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
 BLOCK = 2**18  # logits at a time, of which there are about ten copies in scratch memory
 
+TAKES_MATRICES = False
+
 
 def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""

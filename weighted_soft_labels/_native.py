@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -34,9 +34,11 @@ with suppress(OSError, AttributeError):
 
 
 def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
-    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
+    """The reduced loss; fills `gradient` for an incoming gradient of 1. Takes (R, C) logits and (R,) labels, too."""
     if _takes(student, teacher, target):
         return _walk(student, teacher, target, options, gradient, None)
+    if student.dim() == 2:
+        student, teacher, target, gradient = _viewed(student, teacher, target, gradient)
     return _eager.forward(student, teacher, target, options, gradient)
 
 
@@ -55,13 +57,14 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
     if not _takes(student, teacher, target):
         return _eager.terms(student, teacher, target, options)
     found = torch.empty((4, *target.shape), dtype=torch.float32, device="cpu")
-    odd, _ = _run(student, teacher, target.long().contiguous(), options._replace(reduction="terms"), None, found)
+    odd, _ = _run(student, teacher, target.long().contiguous(), options._replace(reduction="terms"), found)
     for b, r, s, t, y in _odd_rows(found[0], student, teacher, target) if odd else ():
         found[:, b, r] = _eager.terms(s, t, y, options)[:, 0]
     return found
 
 
 scale_ = _eager.scale_
+TAKES_MATRICES = True  # four views would cost as much as the loss of a small batch
 
 
 def _takes(student: Tensor, teacher: Tensor, target: Tensor) -> bool:
@@ -79,10 +82,12 @@ def _walk(
     loss = losses if options.reduction == "none" else losses.new_empty(())
     if upstream is not None:
         upstream = upstream.expand(target.shape).float().contiguous()
-    odd, count = _run(student, teacher, target, options, gradient, losses, loss, upstream)
+    odd, count = _run(student, teacher, target, options, losses, loss, gradient, upstream)
     if not odd:
         return loss
     each, count = options._replace(reduction="none"), count if options.reduction == "mean" else 1
+    if student.dim() == 2:
+        student, teacher, target, gradient, losses = _viewed(student, teacher, target, gradient, losses)
     for b, r, s, t, y in _odd_rows(losses, student, teacher, target):
         found = torch.empty_like(s, dtype=torch.float32)
         losses[b, r] = _eager.forward(s, t, y, each, found)[0]
@@ -92,19 +97,38 @@ def _walk(
     return losses if options.reduction == "none" else (losses.double().sum() / count).float()
 
 
+def _viewed(*tensors: Any) -> list[Any]:
+    """(R, C) as (1, C, R), (R,) as (1, R)."""
+    return [tensor if tensor is None else tensor.t()[None] for tensor in tensors]
+
+
+def _strides(logits: Tensor) -> tuple[int, ...]:
+    return logits.stride() if logits.dim() == 3 else (0, *logits.stride()[::-1])
+
+
 def _run(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None, *others: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    out: Tensor,
+    loss: Tensor | None = None,
+    gradient: Tensor | None = None,
+    upstream: Tensor | None = None,
 ) -> tuple[int, int]:
-    """How many rows are left to `_eager`, and how many count in the mean. `others`: (B, R) losses, where NaN marks what
-    is left, the reduced loss, the incoming gradient; or (4, B, R) terms."""
-    out, loss, upstream = (*(0 if other is None else other.data_ptr() for other in others), 0, 0)[:3]
+    """How many rows are left to `_eager`, and how many count in the mean. `out`: (B, R) losses, where NaN marks what is
+    left, or (4, B, R) terms; `loss`: reduced."""
     found: tuple[int, int] = _rows.run(
         _PARALLEL_FOR,
-        student.shape,
-        *(student.data_ptr(), student.stride(), _CODES[student.dtype]),
-        *(teacher.data_ptr(), teacher.stride(), _CODES[teacher.dtype]),
-        *(_NOTHING if gradient is None else (gradient.data_ptr(), gradient.stride(), _CODES[gradient.dtype])),
-        *(target.data_ptr(), upstream, out, loss, options),
+        student.shape if student.dim() == 3 else (1, *student.shape[::-1]),
+        (student.data_ptr(), _strides(student), _CODES[student.dtype]),
+        (teacher.data_ptr(), _strides(teacher), _CODES[teacher.dtype]),
+        _NOTHING if gradient is None else (gradient.data_ptr(), _strides(gradient), _CODES[gradient.dtype]),
+        target.data_ptr(),
+        out.data_ptr(),
+        0 if loss is None else loss.data_ptr(),
+        0 if upstream is None else upstream.data_ptr(),
+        options,
     )
     return found
 

@@ -8,7 +8,6 @@
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
-#include <float.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -25,10 +24,12 @@
 #ifdef __GNUC__
 #define FN static inline __attribute__((always_inline)) /* compiled for the instruction set of its caller */
 #define EACH_LANE _Pragma("omp simd") for (int l = 0; l < lanes; l++)
+#define ADD_LANES(sum) _Pragma("omp simd reduction(+:sum)") for (int l = 0; l < lanes; l++)
 #define PREFETCH(address) __builtin_prefetch(address)
 #else
 #define FN static inline
 #define EACH_LANE for (int l = 0; l < lanes; l++)
+#define ADD_LANES(sum) EACH_LANE
 #define PREFETCH(address) (void)(address)
 #endif
 
@@ -54,16 +55,15 @@ typedef struct {
 typedef struct {
     float *x[2], *e; /* logits, then exp(z / T), of both sets; the student's exp(z) where T is neither 1 nor 2 */
     int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far apart they are */
-    int32_t first[LANES], next; /* the lanes' classes in the first step, and how many classes a step is */
     int pixels;
 } Tile;
 
-/* Sums over the classes; the rests leave out the leader, whose exp is 1. Scales of the terms of the gradient. */
+/* Sums over the classes; the rests leave out one maximum, whose exp is 1. Scales of the terms of the gradient. */
 enum { REST, SOFT_REST, TEACHER_REST, TEACHER_SOFT_REST, DOT, Z_SUM, SUMS };
 enum { HARD_SCALE, SOFT_SCALE, TEACHER_RATIO, UNIFORM, AT_LABEL, SCALES };
 
 typedef struct { /* of as many rows as there are lanes */
-    int32_t label[LANES], leader[2][LANES]; /* label: -1 where ignored; leader: the class of one maximum */
+    int32_t label[LANES]; /* -1 where ignored */
     float label_logit[2][LANES], peak[2][LANES], sum[SUMS][LANES], unit[LANES], scale[SCALES][LANES];
 } Rows;
 
@@ -106,11 +106,8 @@ FN float exp_less(float x, const float minus)
     const float shifted = x * 1.44269504f + 12583039.0f; /* 1.5 * 2^23 + 127: the low bits are the exponent of 2^n */
     const float n = shifted - 12583039.0f, power = value((int32_t)((uint32_t)bits(shifted) << 23));
     const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    float p = r * 1.38131401e-3f + 8.36941972e-3f;
-    p = p * r + 4.16684560e-2f;
-    p = p * r + 1.66665152e-1f;
-    p = p * r + 0.49999994f;
-    p = p * (r * r) + r;
+    const float square = r * r, high = (r * 8.36941972e-3f + 4.16684560e-2f) + square * 1.38131401e-3f;
+    const float p = (high * square + (r * 1.66665152e-1f + 0.49999994f)) * square + r;
     return where(!(x < -87.0f), p * power + (power - minus)); /* not below: NaN stays */
 }
 
@@ -126,34 +123,16 @@ FN float log1p_(float x)
     return s * (half_square + polynomial) + low - half_square + f + n * 0.69313812f;
 }
 
-/* The maximum of a row and its class, in all lanes; where lanes lie on rows, of every lane's row. */
-FN void peaks(const Tile *tile, int64_t at, float peak[2][LANES], int32_t leader[2][LANES], const int lanes)
-{
-    BOTH EACH_LANE peak[i][l] = tile->x[i][at + l], leader[i][l] = tile->first[l];
-    for (int64_t k = 1; k < tile->steps; k++)
-        EACH_LANE {
-            const float s = tile->x[0][at + k * tile->step + l], t = tile->x[1][at + k * tile->step + l];
-            const int32_t c = tile->first[l] + (int32_t)k * tile->next;
-            leader[0][l] = choose_int(s > peak[0][l], c, leader[0][l]), peak[0][l] = s > peak[0][l] ? s : peak[0][l];
-            leader[1][l] = choose_int(t > peak[1][l], c, leader[1][l]), peak[1][l] = t > peak[1][l] ? t : peak[1][l];
-        }
-    for (int i = 0; i < 2 && !tile->pixels; i++) {
-        float highest = peak[i][0];
-        int32_t found = 0;
-        for (int l = 1; l < lanes; l++)
-            highest = peak[i][l] > highest ? peak[i][l] : highest;
-        for (int l = 0; l < lanes; l++)
-            found = peak[i][l] == highest && leader[i][l] > found ? leader[i][l] : found;
-        EACH_LANE peak[i][l] = highest, leader[i][l] = found;
-    }
-}
-
-typedef struct { float z, soft, e; } Element; /* logit less the peak, exp(z / T), exp(z) */
+/* Of one class: logit less the peak, exp(z / T), exp(z); the latter two, 0 where z is 0; whether it is less. */
+typedef struct { float z, soft, e, other_soft, other_e; int32_t other; } Element;
 
 FN Element element(float z, float temperature, const int kind)
 {
     const float soft = exp_less(kind == 1 ? z : kind == 2 ? z * 0.5f : z * (1 / temperature), 0);
-    const Element found = {z, soft, kind == 1 ? soft : kind == 2 ? soft * soft : exp_less(z, 0)};
+    const float e = kind == 1 ? soft : kind == 2 ? soft * soft : exp_less(z, 0);
+    const int32_t other = z < 0;
+    const float other_soft = where(other, soft), other_e = kind == 2 ? other_soft * other_soft : where(other, e);
+    const Element found = {z, soft, e, other_soft, other_e, other};
     return found;
 }
 
@@ -162,11 +141,23 @@ FN Element element(float z, float temperature, const int kind)
 FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int j, const int kind, const int lanes)
 {
     float *__restrict student = tile->x[0] + at, *__restrict teacher = tile->x[1] + at, *__restrict e = tile->e + at;
-    const int32_t classes = (int32_t)job->classes;
     float peak[2][LANES];
-    int32_t leader[2][LANES];
+    int32_t others[2][LANES];
     double total[SUMS][LANES];
-    peaks(tile, at, peak, leader, lanes);
+    BOTH EACH_LANE peak[i][l] = tile->x[i][at + l], others[i][l] = 0;
+    for (int64_t k = 1; k < tile->steps; k++)
+        EACH_LANE {
+            const float s = student[k * tile->step + l], t = teacher[k * tile->step + l];
+            peak[0][l] = s > peak[0][l] ? s : peak[0][l], peak[1][l] = t > peak[1][l] ? t : peak[1][l];
+        }
+    for (int i = 0; i < 2 && !tile->pixels; i++) {
+        float highest = peak[i][0];
+        for (int l = 1; l < lanes; l++)
+            highest = peak[i][l] > highest ? peak[i][l] : highest;
+        EACH_LANE peak[i][l] = highest;
+        for (int64_t k = job->classes; k < tile->row_pitch; k++)
+            tile->x[i][at + k] = highest; /* lanes beyond the last class: z is 0, as if there were none */
+    }
     for (int i = 0; i < SUMS; i++)
         EACH_LANE total[i][l] = 0;
     for (int64_t k = 0; k < tile->steps;) {
@@ -177,26 +168,32 @@ FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int
         for (; k < end; k++)
             EACH_LANE {
                 const int64_t here = k * tile->step + l;
-                const int32_t c = tile->first[l] + (int32_t)k * tile->next;
-                const int s_other = c != leader[0][l], t_other = c != leader[1][l];
                 const Element s = element(student[here] - peak[0][l], job->temperature, kind);
                 const Element t = element(teacher[here] - peak[1][l], job->temperature, kind);
                 student[here] = s.soft, teacher[here] = t.soft;
                 if (!kind)
                     e[here] = s.e;
-                sum[REST][l] += where(s_other, s.e), sum[SOFT_REST][l] += where(s_other, s.soft);
-                sum[TEACHER_REST][l] += where(t_other, t.e), sum[TEACHER_SOFT_REST][l] += where(t_other, t.soft);
-                sum[DOT][l] += t.soft * s.z, sum[Z_SUM][l] += where(c < classes, s.z);
+                sum[REST][l] += s.other_e, sum[SOFT_REST][l] += s.other_soft, others[0][l] += s.other;
+                sum[TEACHER_REST][l] += t.other_e, sum[TEACHER_SOFT_REST][l] += t.other_soft, others[1][l] += t.other;
+                sum[DOT][l] += t.soft * s.z, sum[Z_SUM][l] += s.z;
             }
         for (int i = 0; i < SUMS; i++)
             EACH_LANE total[i][l] += sum[i][l];
     }
-    for (int half = tile->pixels ? 0 : lanes / 2; half; half /= 2)
-        for (int i = 0; i < SUMS; i++)
-            for (int l = 0; l < half; l++)
-                total[i][l] += total[i][l + half];
+    for (int i = 0; i < SUMS && !tile->pixels; i++) {
+        double sum = 0;
+        ADD_LANES(sum) sum += total[i][l];
+        total[i][0] = sum;
+    }
+    for (int i = 0; i < 2 && !tile->pixels; i++) {
+        int32_t sum = 0;
+        ADD_LANES(sum) sum += others[i][l];
+        others[i][0] = sum;
+    }
     for (int l = 0; l < (tile->pixels ? lanes : 1); l++) {
-        BOTH rows->peak[i][j + l] = peak[i][l], rows->leader[i][j + l] = leader[i][l];
+        for (int i = REST; i <= TEACHER_SOFT_REST; i++) /* maxima that stand beside the first */
+            total[i][l] += (double)(job->classes - others[i / TEACHER_REST][l] - 1);
+        BOTH rows->peak[i][j + l] = peak[i][l];
         for (int i = 0; i < SUMS; i++)
             rows->sum[i][j + l] = (float)total[i][l];
     }
@@ -233,7 +230,7 @@ FN void combine(const Job *job, Rows *rows, float results[4][LANES], const int l
     }
 }
 
-/* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for leader and label. */
+/* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for what `gradient_at` mends. */
 FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const int kind, const int lanes)
 {
     float *__restrict student = tile->x[0] + at, scale[SCALES][LANES];
@@ -252,22 +249,37 @@ FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const in
         }
 }
 
-/* That of row `j` at leader and label. Where the leader has more than half, p - 1 is -rest / (1 + rest) there: no
- * difference of two numbers near 1. */
-FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j)
+/* That of row `j` at its label and at `leader`, its maximum. Where that has more than half, p - 1 is -rest / (1 + rest)
+ * there: no difference of two numbers near 1. */
+FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j, int64_t leader)
 {
     float *student = tile->x[0] + at + j * tile->row_pitch, *teacher = tile->x[1] + at + j * tile->row_pitch;
-    const int32_t label = rows->label[j], leader = rows->leader[0][j];
-    const float rest = rows->sum[REST][j], soft_rest = rows->sum[SOFT_REST][j], q = label == leader;
+    const float rest = rows->sum[REST][j], soft_rest = rows->sum[SOFT_REST][j];
     const float hard_scale = rows->scale[HARD_SCALE][j], ratio = rows->scale[TEACHER_RATIO][j];
     const float at_label = rows->scale[AT_LABEL][j], uniform = rows->scale[UNIFORM][j];
-    const float sure = at_label * (1 - q) + uniform * (float)(job->classes - 1) - hard_scale * rest;
-    const float hard = choose(rest < 1, sure, hard_scale - at_label * q - uniform);
-    const float agreed = ratio * rows->sum[TEACHER_SOFT_REST][j] - soft_rest;
-    const int agree = (soft_rest < 1) & (leader == rows->leader[1][j]);
-    const float soft = choose(agree, agreed, 1 - ratio * teacher[leader * tile->class_pitch]);
+    float hard = hard_scale - uniform, soft;
+    if (leader == rows->label[j])
+        hard = rest < 1 ? uniform * (float)(job->classes - 1) - hard_scale * rest : hard - at_label;
+    else
+        student[rows->label[j] * tile->class_pitch] -= at_label;
+    if (leader < 0)
+        return;
+    soft = 1 - ratio * teacher[leader * tile->class_pitch];
+    if (soft_rest < 1 && teacher[leader * tile->class_pitch] == 1)
+        soft = ratio * rows->sum[TEACHER_SOFT_REST][j] - soft_rest;
     student[leader * tile->class_pitch] = hard + rows->scale[SOFT_SCALE][j] * soft;
-    student[label * tile->class_pitch] -= where(label != leader, at_label);
+}
+
+/* A maximum of row `j` where `gradient_at` has something to mend, else -1. */
+FN int64_t leader_of(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j)
+{
+    const float *student = tile->x[0] + at + j * tile->row_pitch;
+    if (rows->label_logit[0][j] == rows->peak[0][j])
+        return rows->label[j];
+    for (int64_t c = 0; rows->sum[SOFT_REST][j] < 1 && c < job->classes; c++)
+        if (student[c * tile->class_pitch] == 1)
+            return c;
+    return -1;
 }
 
 FN int64_t label_of(const Job *job, int64_t row)
@@ -281,6 +293,7 @@ FN int64_t label_of(const Job *job, int64_t row)
 FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t row, int n, Rows *rows, const int kind, int lanes)
 {
     const int runs = tile->pixels ? 1 : n;
+    int64_t leader[LANES];
     float results[4][LANES];
     EACH_LANE rows->label[l] = -1;
     for (int j = 0; j < n; j++) {
@@ -298,11 +311,15 @@ FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t row, int n
     combine(job, rows, results, lanes);
     for (int i = 0; i < (job->terms ? 4 : 1); i++)
         memcpy((float *)job->out + i * job->batches * job->rows + row, results[i], n * sizeof(float));
-    for (int j = 0; j < runs && job->gradient.address; j++)
+    if (!job->gradient.address)
+        return;
+    for (int j = 0; j < n; j++)
+        leader[j] = rows->label[j] < 0 ? -1 : leader_of(job, tile, at, rows, j);
+    for (int j = 0; j < runs; j++)
         gradient(tile, at + j * tile->row_pitch, rows, j, kind, lanes);
-    for (int j = 0; j < n && job->gradient.address; j++)
+    for (int j = 0; j < n; j++)
         if (rows->label[j] >= 0)
-            gradient_at(job, tile, at, rows, j);
+            gradient_at(job, tile, at, rows, j, leader[j]);
 }
 
 /* Between a line of a tensor and one of a tile. */
@@ -334,7 +351,7 @@ FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t
                                         : line(data, near, floats, length, dtype, out))
         logits->dtype == FLOAT32 ? LINE(FLOAT32) : logits->dtype == BFLOAT16 ? LINE(BFLOAT16) : LINE(FLOAT16);
         for (int64_t k = length; !out && !pixels && k < pitch; k++)
-            floats[k] = -FLT_MAX; /* lanes beyond the last class: no maximum, and exp is 0 */
+            floats[k] = floats[0]; /* lanes beyond the last class: no other maximum */
     }
 }
 
@@ -345,16 +362,14 @@ FN void tiles(int64_t begin, int64_t end, Job *job, const int lanes)
     const int64_t in_batch = (job->rows + job->tile - 1) / job->tile;
     const int kind = job->temperature == 1 ? 1 : job->temperature == 2 ? 2 : 0;
     float *x = malloc((kind ? 2 : 3) * logits * sizeof(float));
-    Tile tile = {{x, x + logits}, x + 2 * logits, row, 1, row / lanes, lanes, {0}, lanes, job->pixels};
+    Tile tile = {{x, x + logits}, x + 2 * logits, row, 1, row / lanes, lanes, job->pixels};
     Rows rows = {0};
     if (!x) {
         job->out_of_memory = 1;
         return;
     }
-    for (int l = 0; l < lanes; l++)
-        tile.first[l] = job->pixels ? 0 : l;
     if (job->pixels)
-        tile.row_pitch = tile.next = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
+        tile.row_pitch = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
     for (; begin < end; begin++) {
         const int64_t b = begin / in_batch, r = begin % in_batch * job->tile;
         const int64_t n = job->rows - r < job->tile ? job->rows - r : job->tile;
@@ -409,12 +424,12 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     double temperature, alpha, hard_weight, smoothing;
     const char *reduction;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "n(nnn)n(nnn)in(nnn)in(nnn)innnn(ddddLs)",
+    if (!PyArg_ParseTuple(arguments, "n(nnn)(n(nnn)i)(n(nnn)i)(n(nnn)i)nnnn(ddddLs)",
                           &address, &job.batches, &job.classes, &job.rows,
                           &s->address, &s->batch, &s->class_, &s->row, &s->dtype,
                           &t->address, &t->batch, &t->class_, &t->row, &t->dtype,
                           &g->address, &g->batch, &g->class_, &g->row, &g->dtype,
-                          &job.target, &job.upstream, &job.out, &job.loss,
+                          &job.target, &job.out, &job.loss, &job.upstream,
                           &temperature, &alpha, &hard_weight, &smoothing, &job.ignore_index, &reduction))
         return NULL;
     const int64_t kept = count(&job);

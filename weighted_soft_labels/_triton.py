@@ -518,6 +518,8 @@ def _count_kernel(target, counted, size, ignore_index):
 
 # --- the functions that every implementation has ---
 
+TAKES_MATRICES = False
+
 
 def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -158,11 +160,14 @@ class WSLLoss(nn.Module):
 
 def check_options(options: Options) -> Options:
     """The options as plain numbers. Raises ValueError for one that is no number, or out of range."""
-    if {float} != set(map(type, options[:4])) or type(options.ignore_index) is not int:
+    temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
+    if not (type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float) or (
+        type(ignore_index) is not int
+    ):
         kinds = dict.fromkeys(Options._fields[:4], float) | {"ignore_index": int}
         options = options._replace(**{name: _number(name, getattr(options, name), kinds[name]) for name in kinds})
-    temperature, alpha, hard_weight, label_smoothing, _, reduction = options
-    fits = 1e-37 < temperature < 1e38 and max(alpha, alpha * temperature * temperature, hard_weight) < 1e38
+        temperature, alpha, hard_weight, label_smoothing, _, _ = options
+    fits = 1e-37 < temperature < 1e38 and alpha < 1e38 and alpha * temperature * temperature < 1e38 > hard_weight
     if fits and alpha >= 0 and hard_weight >= 0 and 0 <= label_smoothing <= 1 and reduction in ("mean", "sum", "none"):
         return options
     for legal, expected, value in (
@@ -196,10 +201,12 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     for name, tensor in (("student_logits", student), ("teacher_logits", teacher), ("target", target)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
-        if type(tensor) is not Tensor and hasattr(tensor, "to_local"):
-            raise TypeError(f"{name} must be a Tensor of this process, got a {type(tensor).__name__}: pass .to_local()")
+        if type(tensor) is not Tensor:
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+            if hasattr(tensor, "to_local"):
+                kind = type(tensor).__name__
+                raise TypeError(f"{name} must be a Tensor of this process, got a {kind}: pass .to_local()")
         if tensor is not target and tensor.dtype not in DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
     shape = student.shape
@@ -221,7 +228,7 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         )
     else:
         kind = "class indices (an integer dtype) must have the shape of the logits without the class dimension"
-        expected = shape[:1] + shape[2:] if len(shape) > 1 else torch.Size()
+        expected = _row_shape(student)
     if target.shape != expected:
         advice = "; pass one-hot labels as probabilities, target.float()" if target.shape == shape else ""
         raise ValueError(
@@ -236,19 +243,17 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
 
 _HAS_TRITON = find_spec("triton") is not None
 _HAS_ROWS = find_spec("weighted_soft_labels._rows") is not None
+_load = cache(import_module)  # an import statement would cost a microsecond at every call
 
 
 def implementation(student: Tensor, teacher: Tensor) -> ModuleType:
     """The implementation for these logits; ``implementation(logits, logits).__name__`` says which."""
-    if torch.float64 not in (student.dtype, teacher.dtype):
-        if _HAS_TRITON and student.is_cuda:
-            from weighted_soft_labels import _triton
-
-            return _triton
-        if _HAS_ROWS and student.is_cpu:
-            from weighted_soft_labels import _native
-
-            return _native
+    if student.dtype == torch.float64 or teacher.dtype == torch.float64:
+        return _eager
+    if _HAS_ROWS and student.is_cpu:
+        return _load("weighted_soft_labels._native")
+    if _HAS_TRITON and student.is_cuda:
+        return _load("weighted_soft_labels._triton")
     return _eager
 
 
@@ -308,8 +313,12 @@ def _empty_rows(student: Tensor, teacher: Tensor, *leading: int) -> Tensor:
 def _forward(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient for an incoming gradient of 1, empty unless it is wanted `ahead` of backward."""
     gradient = _kept_gradient(student, ahead)
-    filled = _logits(gradient) if ahead else None
-    loss = implementation(student, teacher).forward(*_operands(student, teacher, target), Options(*options), filled)
+    found = implementation(student, teacher)
+    if student.dim() == 2 and found.TAKES_MATRICES:
+        loss = found.forward(student, teacher, target, Options(*options), gradient if ahead else None)
+    else:
+        filled = _logits(gradient) if ahead else None
+        loss = found.forward(*_operands(student, teacher, target), Options(*options), filled)
     return loss.view(_row_shape(student)) if loss.dim() else loss, gradient
 
 
@@ -342,11 +351,12 @@ def _refuse_transform(*args: Any) -> Any:
 
 def _check_incoming(upstream: Tensor | None, *second: Tensor | None) -> None:
     """Of the loss and of the gradients that stand beside it as outputs."""
-    if any(gradient is not None for gradient in second):
-        raise RuntimeError(
-            "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
-            "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
-        )
+    for gradient in second:
+        if gradient is not None:
+            raise RuntimeError(
+                "wsl_loss cannot be differentiated twice: its gradient is a closed form without a graph. "
+                "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
+            )
     functorch = torch._C._functorch
     if upstream is not None and (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)):
         _refuse_transform()
@@ -393,13 +403,17 @@ define("terms", _TERMS, _terms, lambda s, t, *_: _empty_rows(s, t, 4))
 # --- the autograd boundary ---
 
 
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PYTHON, _PRE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch
+
+
 def _plain(*tensors: Tensor) -> bool:
     """Whether nobody watches which operators run: then to call past the dispatcher is the same, and shorter."""
-    included, key = torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey
     return (
         not torch.compiler.is_compiling()
-        and {Tensor, nn.Parameter}.issuperset([type(tensor) for tensor in tensors])
-        and not (included(key.Python) or included(key.PreDispatch) or torch._C._are_functorch_transforms_active())
+        and _PLAIN.issuperset(map(type, tensors))
+        and not (_included(_PYTHON) or _included(_PRE_DISPATCH) or torch._C._are_functorch_transforms_active())
     )
 
 
@@ -447,7 +461,8 @@ class _WSL(Function):
             if torch.is_grad_enabled():
                 found = found + gradient.sum()  # of nothing, to tie it to the student
         else:
-            found = _scaled(gradient, upstream, ctx.plain).to(ctx.dtype)
+            found = _scaled(gradient, upstream, ctx.plain)
+            found = found if found.dtype == ctx.dtype else found.to(ctx.dtype)
         return found, None, None, None, None, None
 
 
