@@ -150,6 +150,16 @@ def test_ignored_rows_may_hold_nan():
     assert_close(found(tensors), expected)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_row_done_again_finds_its_logits_where_gradients_are_written(reduction):
+    tensors = problem()
+    tensors["teacher_bias"][7] = -torch.inf  # a masked class
+    tensors["student_weight"][7, 0] = -1e38  # whose logit is -inf in some rows of the student's
+    tensors["student_input"][:, 0] = torch.tensor([1.0, 10.0, 1.0]).repeat(ROWS)[:ROWS]
+    tensors["target"][tensors["target"] == 7] = 8
+    assert_close(found(tensors, reduction=reduction), exact(tensors, reduction=reduction))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_retained_graph_and_second_derivative(dtype, reduction):

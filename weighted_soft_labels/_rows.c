@@ -343,8 +343,10 @@ FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t
     char *data = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
     float *floats = tile->x[i];
     for (int64_t j = 0; j < lines; j++, data += far, floats += pitch) {
-        if (!out && !pixels && label_of(job, b * job->rows + r + j) == job->ignore_index)
-            continue;
+        const int64_t row = b * job->rows + r + j;
+        const float *loss = (float *)job->out + row;
+        if (!pixels && (out ? *loss != *loss : label_of(job, row) == job->ignore_index))
+            continue; /* what is left to other means may stand where its gradient will be */
         for (int64_t k = 0; pixels && !out && k < length * near; k += 64)
             PREFETCH(data + length * near + k); /* the next tile: too many streams for the processor to foresee */
 #define LINE(dtype) (near == SIZE[dtype] ? line(data, SIZE[dtype], floats, length, dtype, out) \

@@ -48,9 +48,9 @@ def linear_wsl_loss(
         target: Class indices in [0, C), ``(...)``, any integer dtype.
         student_bias, teacher_bias: ``(C,)``.
         temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
-        chunk_size: Rows at a time. Default 24/64 of H, 11/64 in half precision: so three chunks of float32 logits take
-            less memory than the weight's gradient; with fewer rows, reading the weights takes longer than multiplying
-            by them. But enough rows for two million logits, which are worth starting kernels for.
+        chunk_size: Rows at a time. By default so many that the logits and gradients of a chunk take 9/8 of the memory
+            of the weight's gradient in float32, in half precision half of that: with fewer rows, reading the weights
+            takes longer than multiplying by them. But enough for two million logits, worth starting kernels for.
         group: Processes over which the vocabulary is sharded: weights and biases are of this process's classes, which
             follow those of the rank before, the rest is the same everywhere. So are the gradients.
 
@@ -151,9 +151,11 @@ def _walk(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
     shard = parallel.join(group, weight.t(), teacher_weight.t(), len(x)) if group else None
     classes = len(weight)
     dtype = torch.promote_types(torch.promote_types(x.dtype, teacher_x.dtype), torch.float32)
-    size = size or max((11 if weight.element_size() == 2 else 24) * x.shape[1] // 64, 2**21 // classes)
+    copies = 3 if x.is_cuda else 2  # only the kernels read logits again when they have begun the gradient
+    size = size or max((34 if weight.element_size() == 2 else 72) * x.shape[1] // 64 // copies, 2**21 // classes)
     # In one piece: of large ones, not of small ones, the memory returns to the system on a CPU.
-    logits, taught, gradient = x.new_empty((3, max(1, min(len(x), size)), classes), dtype=dtype)
+    buffers = x.new_empty((copies, max(1, min(len(x), size)), classes), dtype=dtype)
+    taught, logits, gradient = buffers[0], buffers[1], buffers[-1]
     if _sums(x) and x.dtype == torch.bfloat16:  # the range of float16 is too small
         gradient = torch.empty_like(gradient, dtype=x.dtype)
     losses, found = logits.new_empty(len(x)), [logits.new_zeros(y.shape if w else 0) for y, w in zip(tensors, wanted)]
