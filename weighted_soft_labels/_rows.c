@@ -52,7 +52,13 @@ typedef struct {
     volatile int out_of_memory;
 } Job;
 
+typedef struct { /* of bytes: where one begins, and how far apart its rows and the steps of the lanes are */
+    const char *address;
+    int64_t row, step;
+} Lines;
+
 typedef struct {
+    Lines soon[3]; /* to be fetched during the statistics: the next tile's logits, this one's gradient */
     float *x[2], *e; /* logits, then exp(z / T), of both sets; the student's exp(z) where T is neither 1 nor 2 */
     int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far apart they are */
     int pixels;
@@ -63,7 +69,7 @@ enum { REST, SOFT_REST, TEACHER_REST, TEACHER_SOFT_REST, DOT, Z_SUM, SUMS };
 enum { HARD_SCALE, SOFT_SCALE, TEACHER_RATIO, UNIFORM, AT_LABEL, SCALES };
 
 typedef struct { /* of as many rows as there are lanes */
-    int32_t label[LANES]; /* -1 where ignored */
+    int32_t label[LANES], leader[LANES]; /* -1 where ignored; the student's maximum, if it has more than half */
     float label_logit[2][LANES], peak[2][LANES], sum[SUMS][LANES], unit[LANES], scale[SCALES][LANES];
 } Rows;
 
@@ -136,10 +142,11 @@ FN Element element(float z, float temperature, const int kind)
     return found;
 }
 
-/* Into `rows`, from entry `j`: of one row, or of all where lanes lie on rows. exp(z / T) takes the place of the logits.
- * `kind` is the temperature where one exponential makes both, else 0. */
-FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int j, const int kind, const int lanes)
+/* Into `rows`, from entry `j`: of one row, `row` of the tile, or of all where lanes lie on rows. exp(z / T) takes the
+ * place of the logits. `kind` is the temperature where one exponential makes both, else 0. */
+FN void statistics(const Job *job, const Tile *tile, int64_t row, Rows *rows, int j, const int kind, const int lanes)
 {
+    const int64_t at = row * tile->row_pitch;
     float *__restrict student = tile->x[0] + at, *__restrict teacher = tile->x[1] + at, *__restrict e = tile->e + at;
     float peak[2][LANES];
     int32_t others[2][LANES];
@@ -165,7 +172,9 @@ FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int
         float sum[SUMS][LANES];
         for (int i = 0; i < SUMS; i++)
             EACH_LANE sum[i][l] = 0;
-        for (; k < end; k++)
+        for (; k < end; k++) {
+            for (int i = 0; i < 3; i++)
+                PREFETCH(tile->soon[i].address + row * tile->soon[i].row + k * tile->soon[i].step);
             EACH_LANE {
                 const int64_t here = k * tile->step + l;
                 const Element s = element(student[here] - peak[0][l], job->temperature, kind);
@@ -177,6 +186,7 @@ FN void statistics(const Job *job, const Tile *tile, int64_t at, Rows *rows, int
                 sum[TEACHER_REST][l] += t.other_e, sum[TEACHER_SOFT_REST][l] += t.other_soft, others[1][l] += t.other;
                 sum[DOT][l] += t.soft * s.z, sum[Z_SUM][l] += s.z;
             }
+        }
         for (int i = 0; i < SUMS; i++)
             EACH_LANE total[i][l] += sum[i][l];
     }
@@ -230,12 +240,16 @@ FN void combine(const Job *job, Rows *rows, float results[4][LANES], const int l
     }
 }
 
-/* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for what `gradient_at` mends. */
-FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const int kind, const int lanes)
+/* In place of exp(z / T), the gradient of row `j`, or of all where lanes lie on rows, but for what `gradient_at` mends;
+ * and who leads. */
+FN void gradient(const Job *job, const Tile *tile, int64_t at, Rows *rows, int j, const int kind, const int lanes)
 {
     float *__restrict student = tile->x[0] + at, scale[SCALES][LANES];
     const float *__restrict teacher = tile->x[1] + at, *__restrict e_in = tile->e + at;
-    int32_t kept[LANES];
+    int32_t kept[LANES], leader[LANES];
+    EACH_LANE leader[l] = -1;
+    for (int64_t c = tile->pixels ? tile->row_pitch : job->classes; c < tile->row_pitch; c++)
+        student[c] = 0; /* lanes beyond the last class do not lead */
     EACH_LANE kept[l] = rows->label[tile->pixels ? l : j] >= 0;
     for (int i = 0; i < SCALES; i++)
         EACH_LANE scale[i][l] = rows->scale[i][tile->pixels ? l : j];
@@ -246,17 +260,24 @@ FN void gradient(const Tile *tile, int64_t at, const Rows *rows, int j, const in
             const float hard = scale[HARD_SCALE][l] * e - scale[UNIFORM][l];
             const float difference = soft - scale[TEACHER_RATIO][l] * teacher[here];
             student[here] = where(kept[l], hard + scale[SOFT_SCALE][l] * difference);
+            leader[l] = choose_int(soft == 1, (int32_t)k, leader[l]);
         }
+    if (tile->pixels)
+        EACH_LANE rows->leader[l] = leader[l];
+    for (int l = 0; l < lanes && !tile->pixels && rows->sum[SOFT_REST][j] < 1; l++)
+        rows->leader[j] = leader[l] < 0 ? rows->leader[j] : leader[l] * lanes + l;
 }
 
 /* That of row `j` at its label and at `leader`, its maximum. Where that has more than half, p - 1 is -rest / (1 + rest)
  * there: no difference of two numbers near 1. */
-FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j, int64_t leader)
+FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j)
 {
     float *student = tile->x[0] + at + j * tile->row_pitch, *teacher = tile->x[1] + at + j * tile->row_pitch;
     const float rest = rows->sum[REST][j], soft_rest = rows->sum[SOFT_REST][j];
     const float hard_scale = rows->scale[HARD_SCALE][j], ratio = rows->scale[TEACHER_RATIO][j];
     const float at_label = rows->scale[AT_LABEL][j], uniform = rows->scale[UNIFORM][j];
+    const int64_t other = soft_rest < 1 ? rows->leader[j] : -1;
+    const int64_t leader = rows->label_logit[0][j] == rows->peak[0][j] ? rows->label[j] : other;
     float hard = hard_scale - uniform, soft;
     if (leader == rows->label[j])
         hard = rest < 1 ? uniform * (float)(job->classes - 1) - hard_scale * rest : hard - at_label;
@@ -270,18 +291,6 @@ FN void gradient_at(const Job *job, const Tile *tile, int64_t at, const Rows *ro
     student[leader * tile->class_pitch] = hard + rows->scale[SOFT_SCALE][j] * soft;
 }
 
-/* A maximum of row `j` where `gradient_at` has something to mend, else -1. */
-FN int64_t leader_of(const Job *job, const Tile *tile, int64_t at, const Rows *rows, int j)
-{
-    const float *student = tile->x[0] + at + j * tile->row_pitch;
-    if (rows->label_logit[0][j] == rows->peak[0][j])
-        return rows->label[j];
-    for (int64_t c = 0; rows->sum[SOFT_REST][j] < 1 && c < job->classes; c++)
-        if (student[c * tile->class_pitch] == 1)
-            return c;
-    return -1;
-}
-
 FN int64_t label_of(const Job *job, int64_t row)
 {
     int64_t label;
@@ -289,11 +298,11 @@ FN int64_t label_of(const Job *job, int64_t row)
     return label;
 }
 
-/* Loss (or terms) and gradient of `n` rows, at most one a lane, at `at` of the tile; the first is `row` of all. */
-FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t row, int n, Rows *rows, const int kind, int lanes)
+/* Loss (or terms) and gradient of `n` rows, at most one a lane: `first` of the tile, `row` of all, and those behind. */
+FN void rows_of(const Job *job, const Tile *tile, int64_t first, int64_t row, int n, Rows *rows, int kind, int lanes)
 {
+    const int64_t at = first * tile->row_pitch;
     const int runs = tile->pixels ? 1 : n;
-    int64_t leader[LANES];
     float results[4][LANES];
     EACH_LANE rows->label[l] = -1;
     for (int j = 0; j < n; j++) {
@@ -307,19 +316,26 @@ FN void rows_of(const Job *job, const Tile *tile, int64_t at, int64_t row, int n
     }
     for (int j = 0; j < runs; j++)
         if (tile->pixels || rows->label[j] >= 0)
-            statistics(job, tile, at + j * tile->row_pitch, rows, j, kind, lanes);
+            statistics(job, tile, first + j, rows, j, kind, lanes);
     combine(job, rows, results, lanes);
     for (int i = 0; i < (job->terms ? 4 : 1); i++)
         memcpy((float *)job->out + i * job->batches * job->rows + row, results[i], n * sizeof(float));
     if (!job->gradient.address)
         return;
-    for (int j = 0; j < n; j++)
-        leader[j] = rows->label[j] < 0 ? -1 : leader_of(job, tile, at, rows, j);
     for (int j = 0; j < runs; j++)
-        gradient(tile, at + j * tile->row_pitch, rows, j, kind, lanes);
+        gradient(job, tile, at + j * tile->row_pitch, rows, j, kind, lanes);
     for (int j = 0; j < n; j++)
         if (rows->label[j] >= 0)
-            gradient_at(job, tile, at, rows, j, leader[j]);
+            gradient_at(job, tile, at, rows, j);
+}
+
+/* Of the tensor's logits from row `r` on, as the lanes will walk them. */
+FN Lines lines_of(const Logits *logits, int64_t b, int64_t r, int64_t classes)
+{
+    const int size = SIZE[logits->dtype];
+    const char *address = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
+    const Lines lines = {address, logits->row * size, classes * logits->class_ * size};
+    return lines;
 }
 
 /* Between a line of a tensor and one of a tile. */
@@ -347,8 +363,6 @@ FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t
         const float *loss = (float *)job->out + row;
         if (!pixels && (out ? *loss != *loss : label_of(job, row) == job->ignore_index))
             continue; /* what is left to other means may stand where its gradient will be */
-        for (int64_t k = 0; pixels && !out && k < length * near; k += 64)
-            PREFETCH(data + length * near + k); /* the next tile: too many streams for the processor to foresee */
 #define LINE(dtype) (near == SIZE[dtype] ? line(data, SIZE[dtype], floats, length, dtype, out) \
                                         : line(data, near, floats, length, dtype, out))
         logits->dtype == FLOAT32 ? LINE(FLOAT32) : logits->dtype == BFLOAT16 ? LINE(BFLOAT16) : LINE(FLOAT16);
@@ -359,30 +373,34 @@ FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t
 
 FN void tiles(int64_t begin, int64_t end, Job *job, const int lanes)
 {
-    const int64_t row = job->pixels ? job->tile : (job->classes + lanes - 1) / lanes * lanes;
-    const int64_t logits = row * (job->pixels ? job->classes : job->tile);
+    const int64_t pitch = job->pixels ? job->tile : (job->classes + lanes - 1) / lanes * lanes;
+    const int64_t logits = pitch * (job->pixels ? job->classes : job->tile);
     const int64_t in_batch = (job->rows + job->tile - 1) / job->tile;
     const int kind = job->temperature == 1 ? 1 : job->temperature == 2 ? 2 : 0;
     float *x = malloc((kind ? 2 : 3) * logits * sizeof(float));
-    Tile tile = {{x, x + logits}, x + 2 * logits, row, 1, row / lanes, lanes, job->pixels};
+    Tile tile = {{{0}}, {x, x + logits}, x + 2 * logits, pitch, 1, pitch / lanes, lanes, job->pixels};
     Rows rows = {0};
     if (!x) {
         job->out_of_memory = 1;
         return;
     }
     if (job->pixels)
-        tile.row_pitch = 1, tile.class_pitch = tile.step = row, tile.steps = job->classes;
+        tile.row_pitch = 1, tile.class_pitch = tile.step = pitch, tile.steps = job->classes;
     for (; begin < end; begin++) {
         const int64_t b = begin / in_batch, r = begin % in_batch * job->tile;
+        const int64_t next_b = (begin + 1) / in_batch, next_r = (begin + 1) % in_batch * job->tile;
+        tile.soon[0] = lines_of(&job->student, next_b, next_r, tile.pixels ? 1 : lanes);
+        tile.soon[1] = lines_of(&job->teacher, next_b, next_r, tile.pixels ? 1 : lanes);
+        tile.soon[2] = lines_of(&job->gradient, b, r, tile.pixels ? 1 : lanes);
         const int64_t n = job->rows - r < job->tile ? job->rows - r : job->tile;
         copy(job, &job->student, b, r, n, &tile, 0, 0);
         copy(job, &job->teacher, b, r, n, &tile, 1, 0);
         for (int64_t i = 0; i < n; i += lanes) {
-            const int64_t at = i * tile.row_pitch, first = b * job->rows + r + i;
+            const int64_t row = b * job->rows + r + i;
             const int left = n - i < lanes ? (int)(n - i) : lanes;
-            kind == 1   ? rows_of(job, &tile, at, first, left, &rows, 1, lanes)
-            : kind == 2 ? rows_of(job, &tile, at, first, left, &rows, 2, lanes)
-                        : rows_of(job, &tile, at, first, left, &rows, 0, lanes);
+            kind == 1   ? rows_of(job, &tile, i, row, left, &rows, 1, lanes)
+            : kind == 2 ? rows_of(job, &tile, i, row, left, &rows, 2, lanes)
+                        : rows_of(job, &tile, i, row, left, &rows, 0, lanes);
         }
         if (job->gradient.address)
             copy(job, &job->gradient, b, r, n, &tile, 0, 1);
