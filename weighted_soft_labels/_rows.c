@@ -18,7 +18,7 @@
 #define ROWS_LOGITS 2048    /* of one set in a tile of several rows: both sets stay in the first cache */
 #define PIXELS 128          /* in a tile at most */
 #define PIXELS_LOGITS 16384
-#define GRAIN 6144          /* logits that are worth another thread */
+#define GRAIN 3072          /* logits that are worth another thread */
 #define BOTH for (int i = 0; i < 2; i++) /* sets of logits: 0 the student's, 1 the teacher's */
 
 #ifdef __GNUC__
