@@ -49,6 +49,7 @@ def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[floa
 
     On a GPU a step takes as long as the host or the GPU does, whichever is slower.
     """
+    keep_freed_memory()
     timers = {name: timeit.Timer(step, timer=timer) for name, step in steps.items()}
     bursts = {name: max(1, round(BURST_SECONDS / min(each.repeat(5, 1)))) for name, each in timers.items()}
     for _ in range(ATTEMPTS):
@@ -61,6 +62,15 @@ def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[floa
         if load <= MAX_LOAD and all(spread(taken) <= MAX_SPREAD for taken in times.values()):
             break
     return times, load
+
+
+def keep_freed_memory() -> None:
+    """Else glibc returns it to the system now and then, and a step's time depends on what the others left of the heap:
+    with tensors of 16 MB the same step took 25 or 55 ms. From 32 MiB on a tensor is new memory at every step all the same.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    ctypes.CDLL(None).mallopt(mmap_threshold, 2**25)
+    ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
 def seconds_of_others() -> float:
