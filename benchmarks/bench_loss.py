@@ -19,8 +19,8 @@ Providers, and what they compute:
 
 The first four also compiled, by torch.compile(fullgraph=True); "wsl_loss, graph" replays a CUDA graph.
 
-A time is the low fifth (20th percentile) of the bursts in which they take turns, its spread the 80th percentile over
-that. Ratios are between times of the same form: compiled is compared with compiled, everything else with eager.
+Every shape has a process of its own, in which the providers take turns, a burst of steps each. A time is the low fifth
+(20th percentile) of the bursts, its spread the 80th percentile over that. Ratios are between times of the same form: compiled is compared with compiled, everything else with eager.
 
 A run on a noisy or loaded machine, or of a checkout that is not a commit, is refused: tables are printed, nothing is
 written into benchmarks/results, the exit status is 1 (`measuring.py` has the rules). --out, a folder outside of the
@@ -36,6 +36,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from multiprocessing import get_context
 
 import torch
 import torch.nn.functional as F
@@ -160,7 +161,6 @@ def graph_of(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> St
 
 
 def providers(student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Step]:
-    torch._dynamo.reset()  # one compiled function a shape, as in a training run: no guards for dynamic shapes
     losses = dict(LOSSES)
     losses |= {f"{name}, compiled": torch.compile(x, fullgraph=True, dynamic=False) for name, x in LOSSES.items()}
     if student.is_cuda and find_spec("liger_kernel") and student.dim() == 2:
@@ -176,6 +176,7 @@ def providers(student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Ste
 
 
 def loss_rows(shape: str, dtype: str, device: str, seconds: float, common: Row) -> list[Row]:
+    torch.set_num_threads(THREADS)
     student, teacher, target = inputs(shape, dtype, device)
     steps = providers(student, teacher, target)
     times, load = measure(steps, seconds)
@@ -238,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for dtype in args.dtypes or DTYPES:
         for shape in shapes:
-            found = loss_rows(shape, dtype, device, args.seconds or 4.0, common)
+            with get_context("spawn").Pool(1) as pool:  # memory and compiled code of no other shape
+                found = pool.apply(loss_rows, (shape, dtype, device, args.seconds or 4.0, common))
             title = f"{SHAPES[device][shape]} {shape} {dtype}, others took {found[0]['load']} of the CPU time"
             show(found, title, COLUMNS if device == "cuda" else COLUMNS[:-3])
             rows += found
