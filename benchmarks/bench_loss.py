@@ -20,7 +20,8 @@ Providers, and what they compute:
 The first four also compiled, by torch.compile(fullgraph=True); "wsl_loss, graph" replays a CUDA graph.
 
 Every shape has a process of its own, in which the providers take turns, a burst of steps each. A time is the low fifth
-(20th percentile) of the bursts, its spread the 80th percentile over that. Ratios are between times of the same form: compiled is compared with compiled, everything else with eager.
+(20th percentile) of the bursts, its spread the 80th percentile over that. Ratios are between times of the same form:
+compiled is compared with compiled, everything else with eager.
 
 A run on a noisy or loaded machine, or of a checkout that is not a commit, is refused: tables are printed, nothing is
 written into benchmarks/results, the exit status is 1 (`measuring.py` has the rules). --out, a folder outside of the

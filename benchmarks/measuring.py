@@ -65,8 +65,8 @@ def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[floa
 
 
 def keep_freed_memory() -> None:
-    """Else glibc returns it to the system now and then, and a step of tensors of 16 MB takes 25 or 55 ms by what the others
-    left of the heap. From 32 MiB on a tensor is new memory at every step, as always with glibc."""
+    """Else glibc returns it to the system now and then, and a step of tensors of 16 MB takes 25 or 55 ms by what the
+    others left of the heap. From 32 MiB on a tensor is new memory at every step, as always with glibc."""
     libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # of malloc.h
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_threshold, 2**25)
