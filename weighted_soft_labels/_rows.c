@@ -148,6 +148,9 @@ FN void statistics(const Job *job, const Tile *tile, int64_t row, Rows *rows, in
 {
     const int64_t at = row * tile->row_pitch;
     float *__restrict student = tile->x[0] + at, *__restrict teacher = tile->x[1] + at, *__restrict e = tile->e + at;
+    const char *soon[3];
+    for (int i = 0; i < 3; i++)
+        soon[i] = tile->soon[i].address + row * tile->soon[i].row;
     float peak[2][LANES];
     int32_t others[2][LANES];
     double total[SUMS][LANES];
@@ -174,7 +177,7 @@ FN void statistics(const Job *job, const Tile *tile, int64_t row, Rows *rows, in
             EACH_LANE sum[i][l] = 0;
         for (; k < end; k++) {
             for (int i = 0; i < 3; i++)
-                PREFETCH(tile->soon[i].address + row * tile->soon[i].row + k * tile->soon[i].step);
+                PREFETCH(soon[i]), soon[i] += tile->soon[i].step;
             EACH_LANE {
                 const int64_t here = k * tile->step + l;
                 const Element s = element(student[here] - peak[0][l], job->temperature, kind);
