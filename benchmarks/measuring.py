@@ -128,9 +128,10 @@ def host_seconds(step: Step) -> float:
 
 def machine(device: str) -> Row:
     processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
+    instructions = torch.backends.cpu.get_cpu_capability()
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor[0],
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{processor[0]} with {instructions}",
         "threads": torch.get_num_threads(),
         "driver": output_of(*driver).partition("\n")[0] if device == "cuda" else "",
         "torch": torch.__version__,
