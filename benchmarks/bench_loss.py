@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import get_context
 
@@ -240,8 +241,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for dtype in args.dtypes or DTYPES:
         for shape in shapes:
-            with get_context("spawn").Pool(1) as pool:  # memory and compiled code of no other shape
-                found = pool.apply(loss_rows, (shape, dtype, device, args.seconds or 4.0, common))
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory and compiled code of no other shape
+                found = pool.submit(loss_rows, shape, dtype, device, args.seconds or 4.0, common).result()
             title = f"{SHAPES[device][shape]} {shape} {dtype}, others took {found[0]['load']} of the CPU time"
             show(found, title, COLUMNS if device == "cuda" else COLUMNS[:-3])
             rows += found
