@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from pathlib import Path
 
@@ -49,3 +50,11 @@ def test_speed_tables_are_the_benchmark_s_last_result(monkeypatch):
         rows = plot.read(path)
         for dtype in {row["dtype"] for row in rows}:
             assert plot.table([row for row in rows if row["dtype"] == dtype]) in README
+
+
+def test_memory_of_large_vocabularies_is_the_benchmark_s_last_result():
+    with (ROOT / "benchmarks" / "results" / "cpu_linear.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["dtype"] == "float32"]
+    cells = [f"| {float(row['peak_float32_logits']):.2f} | {float(row['p20_ms']) / 1000:.1f} s |" for row in rows]
+    section = README.partition("## Large vocabularies")[2].partition("```")[0]
+    assert cells == re.findall(r"\| [\d.]+ \| [\d.]+ s \|$", section, re.MULTILINE)
