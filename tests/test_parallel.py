@@ -12,6 +12,8 @@ from test_linear import NAMES, ROWS, problem
 from test_linear import exact as exact_linear
 from test_modes import in_processes, joined
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from weighted_soft_labels import reference
 from weighted_soft_labels.linear import linear_wsl_loss
@@ -124,6 +126,11 @@ def refusals(rank, group, shard):
         vocab_parallel_wsl_loss(student, teacher, target.where(target > 0, 50), group=group)
     with pytest.raises(TypeError, match="class indices"):
         vocab_parallel_wsl_loss(student, teacher, teacher.softmax(1), group=group)
+    mesh, tensors = init_device_mesh("cpu", (dist.get_world_size(group),)), problem()
+    with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .full_tensor(), or")):
+        linear_wsl_loss(**tensors | {"student_weight": distribute_tensor(tensors["student_weight"], mesh, [Shard(0)])})
+    with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .to_local()")):
+        vocab_parallel_wsl_loss(distribute_tensor(student, mesh, [Shard(1)]), teacher, target, group=group)
     student = student.clone().requires_grad_()
     value = vocab_parallel_wsl_loss(student, teacher, target, group=group)
     (gradient,) = torch.autograd.grad(value, student, create_graph=True)
