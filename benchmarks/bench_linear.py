@@ -8,7 +8,7 @@ On a CPU under Linux with two threads. Providers:
     linear_wsl_loss            hidden states of both models to the loss and all gradients, in chunks
     linear + wsl_loss          F.linear twice, then the loss: both sets of logits and their gradient are kept
     linear_cross_entropy       F.linear_cross_entropy in chunks, where torch has it: the student alone
-    liger jsd                  Liger's fused linear JSD on torch operators, if `liger_kernel` can be imported: no weight
+    liger jsd, its version     Liger's fused linear JSD on torch operators, if `liger_kernel` can be imported: no weight
 
 Memory is the peak above the inputs and the gradients that are returned, in tensors of float32 logits, whatever the
 dtype (N x C x 4 bytes): in bfloat16 the float32 sum of the weight's gradient counts. In bfloat16 linear_wsl_loss alone
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -58,7 +59,7 @@ def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tens
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         jsd = LigerFusedLinearJSDLoss(compiled=False)
-        losses["liger jsd"] = lambda: jsd(x, weight, teacher_x, teacher_weight, target)
+        losses[f"liger jsd {version('liger-kernel')}"] = lambda: jsd(x, weight, teacher_x, teacher_weight, target)
 
     def step_of(loss: Any) -> Step:
         def step() -> None:

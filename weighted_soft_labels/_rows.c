@@ -53,12 +53,12 @@ typedef struct {
 } Job;
 
 typedef struct { /* of bytes: where one begins, and how far apart its rows and the steps of the lanes are */
-    const char *address;
+    char *address;
     int64_t row, step;
 } Lines;
 
 typedef struct {
-    Lines soon[3]; /* to be fetched during the statistics: the next tile's logits, this one's gradient */
+    Lines soon[3]; /* to be fetched during the statistics, if they exist: the next tile's logits, this one's gradient */
     float *x[2], *e; /* logits, then exp(z / T), of both sets; the student's exp(z) where T is neither 1 nor 2 */
     int64_t row_pitch, class_pitch, steps, step; /* steps of the lanes over the classes, and how far apart they are */
     int pixels;
@@ -336,7 +336,7 @@ FN void rows_of(const Job *job, const Tile *tile, int64_t first, int64_t row, in
 FN Lines lines_of(const Logits *logits, int64_t b, int64_t r, int64_t classes)
 {
     const int size = SIZE[logits->dtype];
-    const char *address = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
+    char *address = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
     const Lines lines = {address, logits->row * size, classes * logits->class_ * size};
     return lines;
 }
@@ -354,12 +354,12 @@ FN void line(char *data, int64_t stride, float *floats, int64_t length, const in
 /* Between a tensor and set `i` of a tile, by lines: the classes of one row, or the pixels of one class. */
 FN void copy(const Job *job, const Logits *logits, int64_t b, int64_t r, int64_t n, Tile *tile, int i, const int out)
 {
-    const int size = SIZE[logits->dtype], pixels = tile->pixels;
+    const int pixels = tile->pixels;
+    const Lines from = lines_of(logits, b, r, 1);
     const int64_t lines = pixels ? job->classes : n, length = pixels ? n : job->classes;
-    const int64_t far = size * (pixels ? logits->class_ : logits->row);
-    const int64_t near = size * (pixels ? logits->row : logits->class_);
+    const int64_t far = pixels ? from.step : from.row, near = pixels ? from.row : from.step;
     const int64_t pitch = pixels ? tile->class_pitch : tile->row_pitch;
-    char *data = (char *)logits->address + (b * logits->batch + r * logits->row) * size;
+    char *data = from.address;
     float *floats = tile->x[i];
     for (int64_t j = 0; j < lines; j++, data += far, floats += pitch) {
         const int64_t row = b * job->rows + r + j;
