@@ -14,7 +14,8 @@ rows = Extension(
     # The pragma that asks for vectors; nothing of OpenMP is linked.
     extra_compile_args=[] if sys.platform == "win32" else ["-O3", "-g0", "-fopenmp-simd"],
     py_limited_api=True,
-    optional=os.environ.get("CIBUILDWHEEL") != "1",  # a release without it would pass for one with it
+    optional=os.environ.get("CIBUILDWHEEL")
+    != "1",  # a release without it would pass for one with it
 )
 setup(
     ext_modules=[] if free_threaded else [rows],

@@ -26,7 +26,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import Row, Step, folder, low_fifth, machine, measure, peak_bytes, publish, show, spread
+from measuring import (
+    Row,
+    Step,
+    folder,
+    low_fifth,
+    machine,
+    measure,
+    peak_bytes,
+    publish,
+    show,
+    spread,
+)
 from torch import Tensor
 
 from weighted_soft_labels import wsl_loss
@@ -40,26 +51,34 @@ DTYPES = ("float32", "bfloat16")
 def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     shapes = ((ROWS, WIDTH), (CLASSES, WIDTH)) * 2
-    x, weight, teacher_x, teacher_weight = (torch.randn(shape, generator=generator) for shape in shapes)
+    x, weight, teacher_x, teacher_weight = (
+        torch.randn(shape, generator=generator) for shape in shapes
+    )
     layers = x, weight / WIDTH**0.5, teacher_x, teacher_weight / WIDTH**0.5
     x, weight, teacher_x, teacher_weight = (tensor.to(dtype) for tensor in layers)
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
     return x.requires_grad_(), weight.requires_grad_(), teacher_x, teacher_weight, target
 
 
-def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, target: Tensor) -> dict[str, Step]:
+def providers(
+    x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, target: Tensor
+) -> dict[str, Step]:
     losses: dict[str, Any] = {
         OURS: lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target),
         UNFUSED: lambda: wsl_loss(F.linear(x, weight), F.linear(teacher_x, teacher_weight), target),
     }
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
-        losses["linear_cross_entropy"] = lambda: F.linear_cross_entropy(x, weight, target, options=options)
+        losses["linear_cross_entropy"] = lambda: F.linear_cross_entropy(
+            x, weight, target, options=options
+        )
     if find_spec("liger_kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
         jsd = LigerFusedLinearJSDLoss(compiled=False)
-        losses[f"liger jsd {version('liger-kernel')}"] = lambda: jsd(x, weight, teacher_x, teacher_weight, target)
+        losses[f"liger jsd {version('liger-kernel')}"] = lambda: jsd(
+            x, weight, teacher_x, teacher_weight, target
+        )
 
     def step_of(loss: Any) -> Step:
         def step() -> None:
@@ -68,7 +87,11 @@ def providers(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tens
 
         return step
 
-    return {name: step_of(loss) for name, loss in losses.items() if x.dtype == torch.float32 or name == OURS}
+    return {
+        name: step_of(loss)
+        for name, loss in losses.items()
+        if x.dtype == torch.float32 or name == OURS
+    }
 
 
 def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
@@ -101,10 +124,16 @@ def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
-    parser.add_argument("--seconds", type=float, help="to measure each dtype for, default 60; needs --out")
-    parser.add_argument("--out", type=folder, help="folder of the CSV file, instead of benchmarks/results")
+    parser.add_argument(
+        "--seconds", type=float, help="to measure each dtype for, default 60; needs --out"
+    )
+    parser.add_argument(
+        "--out", type=folder, help="folder of the CSV file, instead of benchmarks/results"
+    )
     args = parser.parse_args()
     if (args.dtypes or args.seconds) and not args.out:
         parser.error("--dtypes and --seconds need --out: benchmarks/results holds whole runs")
@@ -114,7 +143,11 @@ def main() -> int:
     rows = []
     for dtype in args.dtypes or DTYPES:
         found = rows_of(dtype, args.seconds or 60.0, common)
-        show(found, f"{dtype}, others took {found[0]['load']} of the CPU time", list(found[0])[: -len(common)])
+        show(
+            found,
+            f"{dtype}, others took {found[0]['load']} of the CPU time",
+            list(found[0])[: -len(common)],
+        )
         rows += found
     return publish(rows, "cpu_linear.csv", args.out)
 

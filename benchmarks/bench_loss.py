@@ -95,7 +95,9 @@ DTYPES = ("float32", "bfloat16")
 def official(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     """The formula of the paper's ImageNet script (T = 2, alpha = 2.5), operator by operator as its users run it."""
     soft = -torch.sum(
-        torch.softmax(teacher / TEMPERATURE, 1) * torch.log_softmax(student / TEMPERATURE, 1), 1, keepdim=True
+        torch.softmax(teacher / TEMPERATURE, 1) * torch.log_softmax(student / TEMPERATURE, 1),
+        1,
+        keepdim=True,
     )
     one_hot = F.one_hot(target, student.shape[1]).movedim(-1, 1).float()
     student_ce = -torch.sum(one_hot * torch.log_softmax(student.detach(), 1), 1, keepdim=True)
@@ -106,7 +108,10 @@ def official(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def distillation(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    log_student, probabilities = F.log_softmax(student / TEMPERATURE, 1), F.softmax(teacher / TEMPERATURE, 1)
+    log_student, probabilities = (
+        F.log_softmax(student / TEMPERATURE, 1),
+        F.softmax(teacher / TEMPERATURE, 1),
+    )
     soft = F.kl_div(log_student, probabilities, reduction="batchmean")
     return F.cross_entropy(student, target) + ALPHA * TEMPERATURE**2 * soft
 
@@ -118,7 +123,10 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 def liger(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
 
-    log_student, probabilities = F.log_softmax(student / TEMPERATURE, 1), F.softmax(teacher / TEMPERATURE, 1)
+    log_student, probabilities = (
+        F.log_softmax(student / TEMPERATURE, 1),
+        F.softmax(teacher / TEMPERATURE, 1),
+    )
     soft: Tensor = liger_kl_div(log_student, probabilities, reduction="batchmean")
     hard: Tensor = liger_cross_entropy(student.clone(), target)
     return hard + ALPHA * TEMPERATURE**2 * soft
@@ -137,7 +145,11 @@ def inputs(shape: str, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]
     size = n, classes, *rest = [int(length) for length in shape.split("x")]
     student, teacher = (3 * torch.randn(size, generator=generator, device=device) for _ in range(2))
     target = torch.randint(classes, (n, *rest), generator=generator, device=device)
-    return student.to(getattr(torch, dtype)).requires_grad_(), teacher.to(getattr(torch, dtype)), target
+    return (
+        student.to(getattr(torch, dtype)).requires_grad_(),
+        teacher.to(getattr(torch, dtype)),
+        target,
+    )
 
 
 def step_of(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
@@ -164,7 +176,10 @@ def graph_of(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> St
 
 def providers(student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Step]:
     losses = dict(LOSSES)
-    losses |= {f"{name}, compiled": torch.compile(x, fullgraph=True, dynamic=False) for name, x in LOSSES.items()}
+    losses |= {
+        f"{name}, compiled": torch.compile(x, fullgraph=True, dynamic=False)
+        for name, x in LOSSES.items()
+    }
     if student.is_cuda and find_spec("liger_kernel") and student.dim() == 2:
         losses["liger"] = liger
     steps = {name: step_of(loss, student, teacher, target) for name, loss in losses.items()}
@@ -184,7 +199,9 @@ def loss_rows(shape: str, dtype: str, device: str, seconds: float, common: Row) 
     times, load = measure(steps, seconds)
     low = {provider: low_fifth(taken) for provider, taken in times.items()}
     size = student.numel() * student.element_size()
-    visible = device == "cuda" or size >= 2**20  # under 1 MiB the high-water mark shows pages, not tensors
+    visible = (
+        device == "cuda" or size >= 2**20
+    )  # under 1 MiB the high-water mark shows pages, not tensors
     rows = []
     for provider, step in steps.items():
         form = ", compiled" if provider.endswith("compiled") else ""
@@ -222,7 +239,9 @@ COLUMNS = [
 
 def main(argv: list[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--device", choices=SHAPES, default=device)
     option("--shapes", nargs="+", help="only these; needs --out")
@@ -234,15 +253,21 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(shapes) - set(SHAPES[device]):
         parser.error(f"--shapes must be of {', '.join(SHAPES[device])}, got {', '.join(unknown)}")
     if (args.shapes or args.dtypes or args.seconds) and not args.out:
-        parser.error("--shapes, --dtypes and --seconds need --out: benchmarks/results holds whole runs")
+        parser.error(
+            "--shapes, --dtypes and --seconds need --out: benchmarks/results holds whole runs"
+        )
     torch.set_num_threads(THREADS)
     common = machine(device)
     print(*common.values(), sep=", ")
     rows = []
     for dtype in args.dtypes or DTYPES:
         for shape in shapes:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # memory and compiled code of no other shape
-                found = pool.submit(loss_rows, shape, dtype, device, args.seconds or 4.0, common).result()
+            with ProcessPoolExecutor(
+                1, get_context("spawn")
+            ) as pool:  # memory and compiled code of no other shape
+                found = pool.submit(
+                    loss_rows, shape, dtype, device, args.seconds or 4.0, common
+                ).result()
             title = f"{SHAPES[device][shape]} {shape} {dtype}, others took {found[0]['load']} of the CPU time"
             show(found, title, COLUMNS if device == "cuda" else COLUMNS[:-3])
             rows += found

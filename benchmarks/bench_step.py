@@ -38,7 +38,9 @@ def networks(use: str, device: str) -> tuple[nn.Module, nn.Module, Tensor, int]:
 
 def training_rows(use: str, device: str, seconds: float, common: Row) -> list[Row]:
     student, teacher, images, classes = networks(use, device)
-    student, teacher = (network.to(device, memory_format=torch.channels_last) for network in (student, teacher))
+    student, teacher = (
+        network.to(device, memory_format=torch.channels_last) for network in (student, teacher)
+    )
     images = images.to(device, memory_format=torch.channels_last)
     target = torch.randint(classes, (len(images),), device=device)
     teacher.eval()
@@ -104,20 +106,30 @@ def first_call_rows() -> list[Row]:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         for state in ("cold", "warm", "warm", "warm"):
             command = [sys.executable, "-c", FIRST_STEP]
-            run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+            run = subprocess.run(
+                command, capture_output=True, text=True, check=True, env=environment
+            )
             rows.append({"cache": state, "first_step_s": round(float(run.stdout), 3)})
     return rows
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=folder, help="folder of the CSV file, instead of benchmarks/results")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument(
+        "--out", type=folder, help="folder of the CSV file, instead of benchmarks/results"
+    )
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     common = machine(args.device)
     print(*common.values(), sep=", ")
-    rows = [row for use in (CIFAR, IMAGENET) for row in training_rows(use, args.device, 30.0, common)]
+    rows = [
+        row for use in (CIFAR, IMAGENET) for row in training_rows(use, args.device, 30.0, common)
+    ]
     show(rows, "a training step", list(rows[0])[: -len(common)])
     if args.device == "cuda":
         show(first_call_rows(), "the first step of a process", ["cache", "first_step_s"])

@@ -46,13 +46,21 @@ class Case(NamedTuple):
 
     def is_wide(self) -> bool:
         """Whether rows of logits, both of one dtype, are whole pieces of 16 bytes."""
-        return self.layout == "rows" and self.teacher is None and self.classes * self.student.itemsize % 16 == 0
+        return (
+            self.layout == "rows"
+            and self.teacher is None
+            and self.classes * self.student.itemsize % 16 == 0
+        )
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B, C, R) and a target."""
         pixels = {"rows": 4096, "pixels": 64 * 96, "odd": 35 * 61}[self.layout]
         student = torch.empty(
-            1 if self.layout == "rows" else 8, self.classes, pixels, dtype=self.student, device="meta"
+            1 if self.layout == "rows" else 8,
+            self.classes,
+            pixels,
+            dtype=self.student,
+            device="meta",
         )
         student = student.mT.contiguous().mT if self.layout == "rows" else student
         label = torch.empty(student.shape[::2], dtype=torch.int64, device="meta")
@@ -89,8 +97,12 @@ class Launch(NamedTuple):
     num_warps: int
 
     def compile(self, target: GPUTarget, **options: int) -> Any:
-        source = ASTSource(getattr(_triton, self.kernel), self.signature, self.constexprs, self.attributes)
-        return triton.compile(source, target=target, options={"num_warps": self.num_warps, **options})
+        source = ASTSource(
+            getattr(_triton, self.kernel), self.signature, self.constexprs, self.attributes
+        )
+        return triton.compile(
+            source, target=target, options={"num_warps": self.num_warps, **options}
+        )
 
 
 class Recorder:
@@ -107,17 +119,24 @@ class Recorder:
         signature, constexprs, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             name, value = parameter.name, values[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1 and not parameter.do_not_specialize):
+            if parameter.is_constexpr or (
+                isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+            ):
                 signature[name], constexprs[name] = "constexpr", value
             elif isinstance(value, Tensor):
-                signature[name], attributes[(index,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+                signature[name], attributes[(index,)] = (
+                    POINTERS[value.dtype],
+                    [["tt.divisibility", 16]],
+                )
             elif isinstance(value, float):
                 signature[name] = "fp32"
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
                 if value % 16 == 0 and not parameter.do_not_specialize:
                     attributes[(index,)] = [["tt.divisibility", 16]]
-        self.launches.append(Launch(self.kernel.__name__, signature, constexprs, attributes, num_warps))
+        self.launches.append(
+            Launch(self.kernel.__name__, signature, constexprs, attributes, num_warps)
+        )
 
 
 def launches(case: Case) -> list[Launch]:
@@ -147,15 +166,24 @@ def resources(compiled: Any) -> tuple[int, int, Counter[int], Counter[int]]:
     loads, stores = Counter[int](), Counter[int]()
     if text := compiled.asm.get("amdgcn"):
         words = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4}
-        for kind, width in re.findall(r"^\s+(?:global|buffer)_(load|store)_(\w+)", text, re.MULTILINE):
-            (loads if kind == "load" else stores)[words.get(width, 2 if "short" in width else 1)] += 1
+        for kind, width in re.findall(
+            r"^\s+(?:global|buffer)_(load|store)_(\w+)", text, re.MULTILINE
+        ):
+            (loads if kind == "load" else stores)[
+                words.get(width, 2 if "short" in width else 1)
+            ] += 1
         used = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s+(\d+)", text))
         return int(used["vgpr_count"]), int(used["vgpr_spill_count"]), loads, stores
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-        commands = [tools / "cuobjdump", "-res-usage", file.name], [tools / "nvdisasm", "-c", file.name]
-        report, code = (subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands)
+        commands = (
+            [tools / "cuobjdump", "-res-usage", file.name],
+            [tools / "nvdisasm", "-c", file.name],
+        )
+        report, code = (
+            subprocess.run(c, capture_output=True, text=True, check=True).stdout for c in commands
+        )
     for kind, modifiers in re.findall(r"\b(LDG|STG)\.(\S+)", code):
         bits = re.search(r"\b[US]?(8|16|64|128)\b", modifiers)
         (loads if kind == "LDG" else stores)[int(bits[1]) // 8 if bits else 4] += 1
@@ -169,18 +197,27 @@ def run(job: tuple[Case, Launch, str]) -> tuple[str, bool]:
     compiled = launch.compile(TARGETS[target])
     registers, spilled, *accesses = resources(compiled)
     wrong = "  SPILLS" * bool(spilled)
-    wrong += "  NARROW" * (case.is_wide() and launch.kernel == "_forward_kernel" and not accesses[0][16])
+    wrong += "  NARROW" * (
+        case.is_wide() and launch.kernel == "_forward_kernel" and not accesses[0][16]
+    )
     dtypes = "/".join(str(dtype)[6:] for dtype in (case.student, case.teacher) if dtype)
     shape = f"{case.classes} {dtypes} {case.layout} T={case.temperature:g}{' probabilities' * case.probabilities}"
     numbers = f"{launch.num_warps:5d} {registers:9d} {spilled:7d} {compiled.metadata.shared:6d}"
-    widths = "  ".join(" ".join(f"{n}x{width}" for width, n in sorted(one.items(), reverse=True)) for one in accesses)
+    widths = "  ".join(
+        " ".join(f"{n}x{width}" for width, n in sorted(one.items(), reverse=True))
+        for one in accesses
+    )
     return f"{shape:42s} {launch.kernel:16s} {target:6s} {numbers}  {widths}{wrong}", bool(wrong)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--classes", nargs="+", type=int, metavar="C", help="only cases of so many classes")
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=tuple(TARGETS), help="only these")
+    parser.add_argument(
+        "--classes", nargs="+", type=int, metavar="C", help="only cases of so many classes"
+    )
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=tuple(TARGETS), help="only these"
+    )
     args = parser.parse_args()
     names = "kernel           target warps registers spilled shared  loads  stores (count x bytes)"
     print(f"torch {torch.__version__}, triton {triton.__version__}\n{'logits':42s} {names}")

@@ -51,7 +51,9 @@ def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[floa
     """
     keep_freed_memory()
     timers = {name: timeit.Timer(step, timer=timer) for name, step in steps.items()}
-    bursts = {name: max(1, round(BURST_SECONDS / min(each.repeat(5, 1)))) for name, each in timers.items()}
+    bursts = {
+        name: max(1, round(BURST_SECONDS / min(each.repeat(5, 1)))) for name, each in timers.items()
+    }
     for _ in range(ATTEMPTS):
         times: dict[str, list[float]] = {name: [] for name in steps}
         begin, others = timer(), seconds_of_others()
@@ -74,7 +76,9 @@ def keep_freed_memory() -> None:
 
 def seconds_of_others() -> float:
     """CPU time since boot that other processes and other virtual machines (steal) took."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    user, nice, system, _, _, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().split()[1:9]
+    )
     own = resource.getrusage(resource.RUSAGE_SELF)
     ticks = user + nice + system + irq + softirq + steal
     return ticks / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
@@ -127,11 +131,15 @@ def host_seconds(step: Step) -> float:
 
 
 def machine(device: str) -> Row:
-    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [platform.machine()]
+    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [
+        platform.machine()
+    ]
     instructions = torch.backends.cpu.get_cpu_capability()
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{processor[0]} with {instructions}",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{processor[0]} with {instructions}",
         "threads": torch.get_num_threads(),
         "driver": output_of(*driver).partition("\n")[0] if device == "cuda" else "",
         "torch": torch.__version__,
@@ -144,7 +152,9 @@ def machine(device: str) -> Row:
 def commit(root: Path = ROOT) -> str:
     """Of a checkout; with "-dirty" if a file is changed or new, results and figures aside, which come of it."""
     git = ("git", "-C", str(root))
-    changed = output_of(*git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/figures")
+    changed = output_of(
+        *git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/figures"
+    )
     return output_of(*git, "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
@@ -163,7 +173,10 @@ def show(rows: list[Row], title: str, columns: list[str]) -> None:
     print(f"\n{title}")
     widths = [max(len(column), *(len(str(row[column])) for row in rows)) for column in columns]
     for line in (dict(zip(columns, columns)), *rows):
-        print("  ".join(str(line[column]).rjust(width) for column, width in zip(columns, widths)), flush=True)
+        print(
+            "  ".join(str(line[column]).rjust(width) for column, width in zip(columns, widths)),
+            flush=True,
+        )
 
 
 def refusals(rows: list[Row]) -> list[str]:
@@ -172,9 +185,13 @@ def refusals(rows: list[Row]) -> list[str]:
     for row in rows:
         what = ", ".join(str(row[name]) for name in ("use", "shape", "dtype") if name in row)
         if float(row["load"]) > MAX_LOAD:
-            reasons.append(f"load: {what}: others took {row['load']} of the CPU time, more than {MAX_LOAD}")
+            reasons.append(
+                f"load: {what}: others took {row['load']} of the CPU time, more than {MAX_LOAD}"
+            )
         if float(row["spread"]) > MAX_SPREAD:
-            reasons.append(f"noise: {what}: {row['provider']}: p80/p20 is {row['spread']}, more than {MAX_SPREAD}")
+            reasons.append(
+                f"noise: {what}: {row['provider']}: p80/p20 is {row['spread']}, more than {MAX_SPREAD}"
+            )
     for state in {row["commit"] for row in rows if not re.fullmatch("[0-9a-f]+", row["commit"])}:
         reasons.append(f"not a clean checkout: {state}; commit or remove what `git status` names")
     source = Path(weighted_soft_labels.__file__).resolve()

@@ -46,17 +46,35 @@ def draw_panel(axes: Axes, rows: list[Row], label: str) -> None:
     """A dot a provider, side by side above each shape."""
     column, forms = PANELS[label]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    shown = [row for row in rows if row["provider"].partition(", ")[2] in forms and row["provider"] != "copy"]
+    shown = [
+        row
+        for row in rows
+        if row["provider"].partition(", ")[2] in forms and row["provider"] != "copy"
+    ]
     providers = list(dict.fromkeys(row["provider"] for row in shown))
     for index, provider in enumerate(providers):
         name, _, form = provider.partition(", ")
         color, marker = STYLES[name]
         points = [row for row in shown if row["provider"] == provider and row[column]]
-        places = [shapes.index(row["shape"]) + 0.1 * (index - (len(providers) - 1) / 2) for row in points]
+        places = [
+            shapes.index(row["shape"]) + 0.1 * (index - (len(providers) - 1) / 2) for row in points
+        ]
         heights = [float(row[column]) for row in points]
-        axes.plot(places, heights, marker, color=color, fillstyle="none" if form else "full", label=provider)
+        axes.plot(
+            places,
+            heights,
+            marker,
+            color=color,
+            fillstyle="none" if form else "full",
+            label=provider,
+        )
         if column == "time_over_cross_entropy":
-            axes.vlines(places, heights, [float(row["spread"]) * x for row, x in zip(points, heights)], color=color)
+            axes.vlines(
+                places,
+                heights,
+                [float(row["spread"]) * x for row, x in zip(points, heights)],
+                color=color,
+            )
     if column == "time_over_cross_entropy":
         axes.set_yscale("log", subs=(2, 5))
     else:
@@ -71,7 +89,9 @@ def draw_panel(axes: Axes, rows: list[Row], label: str) -> None:
 
 def draw(rows: list[Row], path: Path) -> None:
     labels = list(PANELS) if path.name.startswith("cuda") else list(PANELS)[:-1]
-    figure, panels = plt.subplots(len(labels), figsize=(11, 2.8 * len(labels)), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(
+        len(labels), figsize=(11, 2.8 * len(labels)), sharex=True, layout="constrained"
+    )
     for axes, label in zip(panels, labels):
         draw_panel(axes, rows, label)
     uses = {row["shape"]: f"{row['use']}\n{row['shape']}" for row in rows}
@@ -95,7 +115,10 @@ def table(rows: list[Row]) -> str:
     cells = {(row["shape"], row["provider"]): row for row in rows}
     for shape, use in {row["shape"]: row["use"] for row in rows}.items():
         eager, compiled = cells[shape, "wsl_loss"], cells[shape, "wsl_loss, compiled"]
-        line = [f"{shape} ({use})", f"{float(eager['p20_us']):,.0f} / {float(compiled['p20_us']):,.0f} us"]
+        line = [
+            f"{shape} ({use})",
+            f"{float(eager['p20_us']):,.0f} / {float(compiled['p20_us']):,.0f} us",
+        ]
         for column in ("time_over_cross_entropy", "speed_over_official", "speed_over_distillation"):
             line.append(f"{float(eager[column]):.2g} / {float(compiled[column]):.2g}")
         lines.append(f"| {' | '.join([*line, eager['peak_logits'] or '-'])} |")
@@ -104,11 +127,19 @@ def table(rows: list[Row]) -> str:
 
 def main() -> None:
     here = Path(__file__).parent
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=here / "results", help="folder of the CSV files")
-    parser.add_argument("--figures", type=Path, default=here / "figures", help="folder to draw into")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--results", type=Path, default=here / "results", help="folder of the CSV files"
+    )
+    parser.add_argument(
+        "--figures", type=Path, default=here / "figures", help="folder to draw into"
+    )
     args = parser.parse_args()
-    found = [path for path in (args.results / "cpu.csv", args.results / "cuda.csv") if path.exists()]
+    found = [
+        path for path in (args.results / "cpu.csv", args.results / "cuda.csv") if path.exists()
+    ]
     if not found:
         parser.error(f"{args.results} holds neither cpu.csv nor cuda.csv; run bench_loss.py first")
     args.figures.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,9 @@ def named(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, bias: bool = False) -> nn.Conv2d:
+def conv(
+    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, bias: bool = False
+) -> nn.Conv2d:
     """Padded such that stride 1 keeps the size of the image."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=bias)
 
@@ -40,14 +42,20 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1,
 def conv_bn_relu(
     inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    return conv(inputs, outputs, size, stride, groups, bias), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+    return (
+        conv(inputs, outputs, size, stride, groups, bias),
+        nn.BatchNorm2d(outputs),
+        nn.ReLU(inplace=True),
+    )
 
 
 def stage(
     block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int, blocks: int, stride: int
 ) -> nn.Sequential:
     """Blocks, constructed from inputs, outputs and stride; the first changes the channels and the resolution."""
-    return nn.Sequential(block(inputs, outputs, stride), *(block(outputs, outputs, 1) for _ in range(blocks - 1)))
+    return nn.Sequential(
+        block(inputs, outputs, stride), *(block(outputs, outputs, 1) for _ in range(blocks - 1))
+    )
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
@@ -90,7 +98,9 @@ class BasicBlock(nn.Module):
         return F.relu(out + self.downsample(x))
 
 
-def resnet(num_classes: int, *, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64)) -> nn.Sequential:
+def resnet(
+    num_classes: int, *, depth: int, widths: tuple[int, int, int, int] = (16, 16, 32, 64)
+) -> nn.Sequential:
     """The ResNet for CIFAR. `widths` are the channels of the stem and of the three stages."""
     blocks = (depth - 2) // 6
     stem, a, b, c = widths
@@ -271,7 +281,9 @@ class ShuffleV1Block(nn.Module):
         super().__init__()
         computed = outputs if stride == 1 else outputs - inputs
         middle = computed // 4
-        self.groups = 1 if inputs == 24 else 3  # the 24 channels of the stem are too few to be grouped
+        self.groups = (
+            1 if inputs == 24 else 3
+        )  # the 24 channels of the stem are too few to be grouped
         self.stride = stride
         self.conv1 = conv(inputs, middle, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(middle)
@@ -356,7 +368,10 @@ def shufflenet_v2(num_classes: int) -> nn.Sequential:
     """Width 1."""
 
     def halving(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
-        return nn.Sequential(ShuffleV2DownBlock(inputs, outputs), *(ShuffleV2Block(outputs) for _ in range(blocks - 1)))
+        return nn.Sequential(
+            ShuffleV2DownBlock(inputs, outputs),
+            *(ShuffleV2Block(outputs) for _ in range(blocks - 1)),
+        )
 
     return named(
         conv1=conv(3, 24, 1),
@@ -384,7 +399,9 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet44": partial(resnet, depth=44),
     "resnet56": partial(resnet, depth=56),
     "resnet110": partial(resnet, depth=110),
-    "resnet8x4": partial(resnet, depth=8, widths=(32, 64, 128, 256)),  # the stem has twice the channels, not 4 times
+    "resnet8x4": partial(
+        resnet, depth=8, widths=(32, 64, 128, 256)
+    ),  # the stem has twice the channels, not 4 times
     "resnet32x4": partial(resnet, depth=32, widths=(32, 64, 128, 256)),
     "ResNet50": resnet50,
     "wrn_16_1": partial(wide_resnet, depth=16, width=1),

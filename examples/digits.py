@@ -49,7 +49,12 @@ TEST_IMAGES = 800
 TEST_VERSIONS = 10  # distorted versions of every test image, so that accuracy depends less on the draw of the noise
 NOISE = 0.3  # standard deviation; pixels are from 0 to 1
 BATCH, LR = 100, 3e-3
-MISALIGNED = {"good teacher": 0.0, "10 % misaligned": 0.1, "20 % misaligned": 0.2, "40 % misaligned": 0.4}
+MISALIGNED = {
+    "good teacher": 0.0,
+    "10 % misaligned": 0.1,
+    "20 % misaligned": 0.2,
+    "40 % misaligned": 0.4,
+}
 WEAK = "weak teacher"
 SHOWN = "20 % misaligned"  # whose weights the figure shows
 COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00"}
@@ -58,7 +63,9 @@ COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00"}
 # Distillation: what to lift into a project of your own --------------------------------------------------------------
 
 
-def distil(images: Tensor, teacher_logits: Tensor, labels: Tensor, method: str, args: argparse.Namespace) -> nn.Module:
+def distil(
+    images: Tensor, teacher_logits: Tensor, labels: Tensor, method: str, args: argparse.Namespace
+) -> nn.Module:
     """A student. As its images stay the same, the teacher's logits have been computed once, in inference mode."""
     options = {"temperature": args.temperature, "alpha": args.alpha}
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
@@ -80,7 +87,9 @@ def distil(images: Tensor, teacher_logits: Tensor, labels: Tensor, method: str, 
     return student.eval()
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float) -> Tensor:
+def kd_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float, alpha: float
+) -> Tensor:
     student = F.log_softmax(student_logits / temperature, dim=1)
     teacher = F.log_softmax(teacher_logits / temperature, dim=1)
     soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
@@ -139,7 +148,10 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Outcome]:
     """Outcomes by teacher. Everything is drawn anew, from the split into training and test images on."""
     torch.manual_seed(seed)
     digits = load_digits()
-    clean, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    clean, labels = (
+        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(digits.target),
+    )
     test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
     few, test = train[: args.weak_images], test.repeat(TEST_VERSIONS)
     teacher = train_teacher(clean[train], labels[train], args.teacher_epochs)
@@ -148,25 +160,38 @@ def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Outcome]:
     images, labels = distort(clean[train]), labels[train]
     with torch.inference_mode():
         good_logits, weak_logits = teacher(images), weak_teacher(images)
-    cached = {name: misalign(good_logits, labels, rate) for name, rate in MISALIGNED.items()} | {WEAK: weak_logits}
+    cached = {name: misalign(good_logits, labels, rate) for name, rate in MISALIGNED.items()} | {
+        WEAK: weak_logits
+    }
 
     outcomes, students = {}, {}
     for name, teacher_logits in cached.items():
         for method in COLORS:
             if method != "CE" or not students:  # CE's student has no teacher: one does for all
-                torch.manual_seed(seed)  # all students start from the same weights and see the same batches
+                torch.manual_seed(
+                    seed
+                )  # all students start from the same weights and see the same batches
                 students[method] = distil(images, teacher_logits, labels, method, args)
         with torch.inference_mode():
-            hits = {method: student(test_images).argmax(1) == test_labels for method, student in students.items()}
+            hits = {
+                method: student(test_images).argmax(1) == test_labels
+                for method, student in students.items()
+            }
             weights = wsl_terms(students["WSL"](images), teacher_logits, labels).weight
-        accuracies = {method: 100 * hit.float().mean(0, keepdim=True) for method, hit in hits.items()}
+        accuracies = {
+            method: 100 * hit.float().mean(0, keepdim=True) for method, hit in hits.items()
+        }
         outcomes[name] = Outcome(accuracies, weights, teacher_logits.argmax(1) == labels)
     return outcomes
 
 
 def merge(outcomes: list[Outcome]) -> Outcome:
-    accuracies = {method: torch.cat([outcome.accuracies[method] for outcome in outcomes]) for method in COLORS}
-    weights, right = (torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in ("weights", "right"))
+    accuracies = {
+        method: torch.cat([outcome.accuracies[method] for outcome in outcomes]) for method in COLORS
+    }
+    weights, right = (
+        torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in ("weights", "right")
+    )
     return Outcome(accuracies, weights, right)
 
 
@@ -187,43 +212,87 @@ def print_table(outcomes: dict[str, Outcome], seeds: int) -> None:
     print(
         f"\nTest accuracy in %, mean +- standard deviation over {seeds} seeds; WSL - KD within a seed, 95 % interval\n"
     )
-    print("teacher         wrong on      CE            KD           WSL         WSL - KD     weight where right, wrong")
+    print(
+        "teacher         wrong on      CE            KD           WSL         WSL - KD     weight where right, wrong"
+    )
     for name, outcome in outcomes.items():
-        cells = "".join(f"   {values.mean():.1f} +- {values.std():.1f}" for values in outcome.accuracies.values())
+        cells = "".join(
+            f"   {values.mean():.1f} +- {values.std():.1f}"
+            for values in outcome.accuracies.values()
+        )
         mean, half = interval(outcome.accuracies["WSL"] - outcome.accuracies["KD"])
         right, wrong = (outcome.weights[of].mean() for of in (outcome.right, ~outcome.right))
-        print(f"{name:15} {wrong_share(outcome):6.0f} %{cells}   {mean:+5.1f} +- {half:.1f} {right:15.2f}{wrong:7.2f}")
+        print(
+            f"{name:15} {wrong_share(outcome):6.0f} %{cells}   {mean:+5.1f} +- {half:.1f} {right:15.2f}{wrong:7.2f}"
+        )
 
 
 def plot_accuracies(axes: Axes, outcomes: dict[str, Outcome]) -> None:
     shares = [wrong_share(outcome) for outcome in outcomes.values()]
     for method, color in COLORS.items():
-        means, halves = zip(*(interval(outcome.accuracies[method]) for outcome in outcomes.values()))
+        means, halves = zip(
+            *(interval(outcome.accuracies[method]) for outcome in outcomes.values())
+        )
         style = {"color": color, "capsize": 4}
         axes.errorbar(shares[:-1], means[:-1], halves[:-1], fmt="o-", label=method, **style)
-        axes.errorbar(shares[-1:], means[-1:], halves[-1:], fmt="D", markerfacecolor="white", **style)
+        axes.errorbar(
+            shares[-1:], means[-1:], halves[-1:], fmt="D", markerfacecolor="white", **style
+        )
     axes.plot([], [], "D", color="black", markerfacecolor="white", label=WEAK)
-    axes.set(xlabel="training images on which the teacher is wrong (%)", ylabel="test accuracy, 95 % interval (%)")
+    axes.set(
+        xlabel="training images on which the teacher is wrong (%)",
+        ylabel="test accuracy, 95 % interval (%)",
+    )
     axes.legend(fontsize=8, loc="center left")
 
 
 def plot_weights(axes: Axes, outcome: Outcome) -> None:
-    for name, of, color in (("right", outcome.right, "#009e73"), ("wrong", ~outcome.right, "#cc79a7")):
+    for name, of, color in (
+        ("right", outcome.right, "#009e73"),
+        ("wrong", ~outcome.right, "#cc79a7"),
+    ):
         count, edges = torch.histogram(outcome.weights[of], 25, range=(0, 1))
-        axes.stairs(100 * count / of.sum(), edges, fill=True, color=color, alpha=0.6, label=f"teacher is {name}")
-    axes.set(xlim=(0, 1), xlabel=f"weight of a training image, {SHOWN}", ylabel="images in a bin of width 0.04 (%)")
+        axes.stairs(
+            100 * count / of.sum(),
+            edges,
+            fill=True,
+            color=color,
+            alpha=0.6,
+            label=f"teacher is {name}",
+        )
+    axes.set(
+        xlim=(0, 1),
+        xlabel=f"weight of a training image, {SHOWN}",
+        ylabel="images in a bin of width 0.04 (%)",
+    )
     axes.legend(fontsize=8)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--seeds", type=int, default=6, help="at least 2, for the intervals (6)")
     option("--epochs", type=int, default=60, help="of a student (60)")
-    option("--teacher-epochs", type=int, default=40, help="of the good teacher; the weak one has twice as many (40)")
-    option("--weak-images", type=int, default=120, help="on which the weak teacher is trained (120)")
-    option("--temperature", type=float, default=4.0, help="of KD and WSL (4, the paper's for CIFAR-100)")
-    option("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)")
+    option(
+        "--teacher-epochs",
+        type=int,
+        default=40,
+        help="of the good teacher; the weak one has twice as many (40)",
+    )
+    option(
+        "--weak-images", type=int, default=120, help="on which the weak teacher is trained (120)"
+    )
+    option(
+        "--temperature",
+        type=float,
+        default=4.0,
+        help="of KD and WSL (4, the paper's for CIFAR-100)",
+    )
+    option(
+        "--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)"
+    )
     option("--figure", type=Path, default=Path("digits.png"), help="where to save it (digits.png)")
     args = parser.parse_args()
     if args.seeds < 2:
@@ -231,7 +300,9 @@ def main() -> None:
     if not args.figure.parent.is_dir():  # now, not after the training
         parser.error(f"the folder of --figure {args.figure} does not exist")
 
-    torch.set_num_threads(1)  # more gain little on networks this small, and lose a lot on a busy machine
+    torch.set_num_threads(
+        1
+    )  # more gain little on networks this small, and lose a lot on a busy machine
     runs = [run_seed(seed, args) for seed in tqdm(range(args.seeds), unit="seed")]
     outcomes = {name: merge([run[name] for run in runs]) for name in runs[0]}
     print_table(outcomes, args.seeds)
@@ -240,7 +311,8 @@ def main() -> None:
     plot_accuracies(left, outcomes)
     plot_weights(right, outcomes[SHOWN])
     figure.suptitle(
-        f"Students of a teacher that is sometimes wrong: noisy 8 x 8 digits, {args.seeds} seeds", fontsize=11
+        f"Students of a teacher that is sometimes wrong: noisy 8 x 8 digits, {args.seeds} seeds",
+        fontsize=11,
     )
     figure.savefig(args.figure, dpi=110)
     print(f"Figure: {args.figure}")

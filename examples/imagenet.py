@@ -59,23 +59,64 @@ AMP = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     option = parser.add_argument
-    option("--data", type=Path, default="imagenet", help="holds train and val, each with a folder per class")
-    option("--fake-data", type=int, nargs="?", const=512, metavar="N", help="N images of noise and random teachers")
+    option(
+        "--data",
+        type=Path,
+        default="imagenet",
+        help="holds train and val, each with a folder per class",
+    )
+    option(
+        "--fake-data",
+        type=int,
+        nargs="?",
+        const=512,
+        metavar="N",
+        help="N images of noise and random teachers",
+    )
 
     option("--model", default="resnet18", metavar="NAME", help="to train; of torchvision or timm")
-    option("--teacher", nargs="+", default=["resnet34"], metavar="NAME", help="one or more, as --model")
-    option("--teacher-checkpoint", nargs="+", type=Path, metavar="FILE", help="one a teacher; else pretrained weights")
-    option("--teacher-weights", default="IMAGENET1K_V1", metavar="NAME", help="torchvision's, if pretrained")
     option(
-        "--teacher-train-mode", action="store_true", help="batch statistics in the teacher, as in the official script"
+        "--teacher", nargs="+", default=["resnet34"], metavar="NAME", help="one or more, as --model"
+    )
+    option(
+        "--teacher-checkpoint",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="one a teacher; else pretrained weights",
+    )
+    option(
+        "--teacher-weights",
+        default="IMAGENET1K_V1",
+        metavar="NAME",
+        help="torchvision's, if pretrained",
+    )
+    option(
+        "--teacher-train-mode",
+        action="store_true",
+        help="batch statistics in the teacher, as in the official script",
     )
     option("--loss", choices=("ce", "kd", "wsl"), default="wsl", help="ce needs no teacher")
     option("--temperature", type=float, default=2.0, help="of the soft term")
     option("--alpha", type=float, default=2.5, help="scale of the soft term")
-    option("--hard-weight", type=float, default=1.0, help="scale of the cross-entropy in kd and wsl")
+    option(
+        "--hard-weight", type=float, default=1.0, help="scale of the cross-entropy in kd and wsl"
+    )
     option("--label-smoothing", type=float, default=0.0, help="of the cross-entropy")
-    option("--mixup", type=float, default=0.0, metavar="A", help="parameter of its Beta distribution; 0: none")
-    option("--cutmix", type=float, default=0.0, metavar="A", help="the same; with both, one of the two a batch")
+    option(
+        "--mixup",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="parameter of its Beta distribution; 0: none",
+    )
+    option(
+        "--cutmix",
+        type=float,
+        default=0.0,
+        metavar="A",
+        help="the same; with both, one of the two a batch",
+    )
 
     option("--epochs", type=int, default=100, help="in all")
     option("--batch-size", type=int, default=256, help="images a step, over all processes")
@@ -84,7 +125,9 @@ def parse_args() -> argparse.Namespace:
     option("--lr-step", type=int, default=30, help="epochs after which it is divided by 10")
     option("--weight-decay", type=float, default=1e-4, help="of all parameters")
     option("--image-size", type=int, default=224, help="pixels, after cropping")
-    option("--seed", type=int, default=0, help="of initialisation, order, augmentation, dropout, mixup")
+    option(
+        "--seed", type=int, default=0, help="of initialisation, order, augmentation, dropout, mixup"
+    )
 
     option("--amp", choices=AMP, help="mixed precision")
     option("--channels-last", action="store_true", help="memory format of images and networks")
@@ -92,7 +135,9 @@ def parse_args() -> argparse.Namespace:
     option("--workers", type=int, default=4, help="reading processes, for each training process")
     option("--log-every", type=int, default=50, help="steps between two looks at loss and weight")
     option("--out", type=Path, required=True, help="folder of this run")
-    option("--resume", action="store_true", help="continue the run in --out; start it if there is none")
+    option(
+        "--resume", action="store_true", help="continue the run in --out; start it if there is none"
+    )
     return parser.parse_args()
 
 
@@ -106,12 +151,16 @@ def make_model(name: str, classes: int, weights: str | None = None) -> nn.Module
         return torchvision.models.get_model(name, **options)
     import timm
 
-    if name == "mobilenetv1":  # the paper's, which has ReLU for ReLU6 and PyTorch's default initialisation
+    if (
+        name == "mobilenetv1"
+    ):  # the paper's, which has ReLU for ReLU6 and PyTorch's default initialisation
         model = timm.create_model("mobilenetv1_100", act_layer=nn.ReLU, num_classes=classes)
         for module in model.modules():
             getattr(module, "reset_parameters", lambda: None)()
         return model
-    return timm.create_model(name, pretrained=bool(weights), **({} if weights else {"num_classes": classes}))
+    return timm.create_model(
+        name, pretrained=bool(weights), **({} if weights else {"num_classes": classes})
+    )
 
 
 def load(path: Path, model: nn.Module) -> dict:
@@ -119,7 +168,9 @@ def load(path: Path, model: nn.Module) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         state = checkpoint.get("model", checkpoint.get("state_dict", checkpoint))
-        model.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
+        model.load_state_dict(
+            {name.removeprefix("module."): value for name, value in state.items()}
+        )
     except Exception as error:
         raise RuntimeError(f"cannot load {path} into {type(model).__name__}: {error}") from error
     return checkpoint
@@ -128,7 +179,9 @@ def load(path: Path, model: nn.Module) -> dict:
 def make_teachers(args: argparse.Namespace, classes: int) -> nn.ModuleList:
     teachers = nn.ModuleList()
     weights = None if args.teacher_checkpoint or args.fake_data else args.teacher_weights
-    for name, path in zip(args.teacher, args.teacher_checkpoint or [None] * len(args.teacher), strict=True):
+    for name, path in zip(
+        args.teacher, args.teacher_checkpoint or [None] * len(args.teacher), strict=True
+    ):
         teacher = make_model(name, classes, weights).eval()
         if path:
             load(path, teacher)
@@ -155,11 +208,17 @@ def make_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
     if args.fake_data:
         shape, classes = (3, size, size), 1000
         train = FakeData(args.fake_data, shape, classes, transform=crop)
-        return train, FakeData(max(1, args.fake_data // 4), shape, classes, transform=center), classes
+        return (
+            train,
+            FakeData(max(1, args.fake_data // 4), shape, classes, transform=center),
+            classes,
+        )
     train = ImageFolder(args.data / "train", crop, loader=read_image)
     val = ImageFolder(args.data / "val", center, loader=read_image)
     if train.classes != val.classes:
-        raise ValueError(f"{args.data}: only one of train and val has {set(train.classes) ^ set(val.classes)}")
+        raise ValueError(
+            f"{args.data}: only one of train and val has {set(train.classes) ^ set(val.classes)}"
+        )
     return train, val, len(train.classes)
 
 
@@ -171,7 +230,9 @@ class Augmented(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         epoch, index = key
-        with torch.random.fork_rng(devices=[]):  # Python salts the hashes of strings, not those of integers
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # Python salts the hashes of strings, not those of integers
             torch.default_generator.manual_seed(hash((self.seed, epoch, index)))
             return self.images[index]
 
@@ -179,7 +240,9 @@ class Augmented(Dataset):
 def micro_batches(images, epoch, args, rank, world):
     """Those of one process in an epoch, lists of (epoch, index): together the processes take whole global batches."""
     size = args.batch_size // (world * args.accumulate)
-    order = torch.randperm(images, generator=torch.Generator().manual_seed(hash((args.seed, epoch)))).tolist()
+    order = torch.randperm(
+        images, generator=torch.Generator().manual_seed(hash((args.seed, epoch)))
+    ).tolist()
     starts = range(rank * size, images - images % args.batch_size, world * size)
     return [[(epoch, index) for index in order[start : start + size]] for start in starts]
 
@@ -189,7 +252,9 @@ def load_batches(images, indices, args, device):
     mean, std = (255 * torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
     memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
     pinned = device.type == "cuda"
-    for pixels, labels in DataLoader(images, batch_sampler=indices, num_workers=args.workers, pin_memory=pinned):
+    for pixels, labels in DataLoader(
+        images, batch_sampler=indices, num_workers=args.workers, pin_memory=pinned
+    ):
         pixels = pixels.to(device, non_blocking=True).contiguous(memory_format=memory_format)
         yield (pixels - mean) / std, labels.to(device, non_blocking=True)
 
@@ -199,8 +264,12 @@ def load_batches(images, indices, args, device):
 
 def kd_term(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(teacher || student) at temperature T."""
-    log_student, log_teacher = (F.log_softmax(it.float() / temperature, 1) for it in (student_logits, teacher_logits))
-    return temperature**2 * F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    log_student, log_teacher = (
+        F.log_softmax(it.float() / temperature, 1) for it in (student_logits, teacher_logits)
+    )
+    return temperature**2 * F.kl_div(
+        log_student, log_teacher, reduction="batchmean", log_target=True
+    )
 
 
 @torch.inference_mode()
@@ -208,7 +277,9 @@ def evaluate(student, images, args, device, rank, world):
     """Loss, top-1 and top-5 (percent) over all images, each of them read by one process and counted once."""
     student.eval()
     if world > 1:
-        for buffer in student.buffers():  # since the last forward pass, batch statistics are those of one process
+        for buffer in (
+            student.buffers()
+        ):  # since the last forward pass, batch statistics are those of one process
             dist.broadcast(buffer, 0)
     mine, size = range(rank, len(images), world), args.batch_size // world
     indices = [mine[start : start + size] for start in range(0, len(mine), size)]
@@ -238,25 +309,34 @@ def main() -> None:
     train_images, val_images, classes = make_data(args)
     steps = len(train_images) // args.batch_size
     if steps == 0 or args.batch_size % (world * args.accumulate):
-        need = (
-            f"at most {len(train_images)} (images), a multiple of {world * args.accumulate} (processes x --accumulate)"
-        )
+        need = f"at most {len(train_images)} (images), a multiple of {world * args.accumulate} (processes x --accumulate)"
         raise ValueError(f"--batch-size must be {need}, got {args.batch_size}")
     last = args.out / "last.pt"
     if last.exists() and not args.resume:
-        raise FileExistsError(f"{last} exists: --resume goes on with that run, another --out starts anew")
+        raise FileExistsError(
+            f"{last} exists: --resume goes on with that run, another --out starts anew"
+        )
 
     torch.manual_seed(args.seed)  # every process starts from the same weights
     student = make_model(args.model, classes)
     teachers = nn.ModuleList() if args.loss == "ce" else make_teachers(args, classes)
     for network in (student, *teachers):
-        network.to(device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        network.to(
+            device,
+            memory_format=torch.channels_last if args.channels_last else torch.preserve_format,
+        )
         if args.compile:
             network.compile()
     parameters, decay = student.parameters(), args.weight_decay
-    optimizer = torch.optim.SGD(parameters, args.lr, momentum=0.9, weight_decay=decay, nesterov=True, fused=True)
+    optimizer = torch.optim.SGD(
+        parameters, args.lr, momentum=0.9, weight_decay=decay, nesterov=True, fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    options = {"alpha": args.alpha, "hard_weight": args.hard_weight, "label_smoothing": args.label_smoothing}
+    options = {
+        "alpha": args.alpha,
+        "hard_weight": args.hard_weight,
+        "label_smoothing": args.label_smoothing,
+    }
     wsl = WSLLoss(temperature=args.temperature, **options)
     cross_entropy = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     mixings = [v2.MixUp(alpha=args.mixup, num_classes=classes)] if args.mixup else []
@@ -274,7 +354,9 @@ def main() -> None:
         board = SummaryWriter(args.out / "tensorboard", purge_step=first_epoch * steps + 1)
 
     for epoch in range(first_epoch, args.epochs):
-        torch.manual_seed(hash((args.seed, epoch, rank)))  # so that no state of a generator need be saved
+        torch.manual_seed(
+            hash((args.seed, epoch, rank))
+        )  # so that no state of a generator need be saved
         lr = args.lr * 0.1 ** (epoch // args.lr_step)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -288,11 +370,15 @@ def main() -> None:
             waited += time.perf_counter() - ready
             images, target = mixing(images, labels)
             step, rest = divmod(index, args.accumulate)
-            model.require_backward_grad_sync = rest == 0  # as DDP's no_sync() does for all micro-batches but the last
+            model.require_backward_grad_sync = (
+                rest == 0
+            )  # as DDP's no_sync() does for all micro-batches but the last
             with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp is not None):
                 if teachers:
                     with torch.inference_mode():
-                        teacher_logits = sum(teacher(images).float() for teacher in teachers) / len(teachers)
+                        teacher_logits = sum(teacher(images).float() for teacher in teachers) / len(
+                            teachers
+                        )
                 student_logits = model(images)
 
             if args.loss == "wsl":
@@ -311,22 +397,40 @@ def main() -> None:
 
             if rank == 0 and rest == 0 and (step % args.log_every == 0 or step == steps):
                 likeliest = target.argmax(1) if target.is_floating_point() else target
-                stats = {"loss": loss, "top1": 100 * (student_logits.argmax(1) == likeliest).float().mean()}
+                stats = {
+                    "loss": loss,
+                    "top1": 100 * (student_logits.argmax(1) == likeliest).float().mean(),
+                }
                 if teachers:
-                    terms = wsl_terms(student_logits, teacher_logits, target, temperature=args.temperature)
-                    stats |= {"hard": terms.student_ce.mean(), "soft": terms.soft.mean(), "weight": terms.weight.mean()}
-                stats = dict(zip(stats, torch.stack(list(stats.values())).tolist()))  # the only wait for the device
+                    terms = wsl_terms(
+                        student_logits, teacher_logits, target, temperature=args.temperature
+                    )
+                    stats |= {
+                        "hard": terms.student_ce.mean(),
+                        "soft": terms.soft.mean(),
+                        "weight": terms.weight.mean(),
+                    }
+                stats = dict(
+                    zip(stats, torch.stack(list(stats.values())).tolist())
+                )  # the only wait for the device
                 logged.append(stats)
                 seconds = time.perf_counter() - start
-                speed = {"images_per_s": step * args.batch_size / seconds, "waiting_for_data": waited / seconds}
-                progress.set_postfix({name: f"{value:.3g}" for name, value in (stats | speed).items()})
+                speed = {
+                    "images_per_s": step * args.batch_size / seconds,
+                    "waiting_for_data": waited / seconds,
+                }
+                progress.set_postfix(
+                    {name: f"{value:.3g}" for name, value in (stats | speed).items()}
+                )
                 for name, value in (stats | speed).items():
                     board.add_scalar(f"step/{name}", value, epoch * steps + step)
             ready = time.perf_counter()
 
         scores = evaluate(student, val_images, args, device, rank, world)
         if not math.isfinite(scores["val_loss"]):
-            raise FloatingPointError(f"the loss after epoch {epoch + 1} is {scores['val_loss']}; {last} is as it was")
+            raise FloatingPointError(
+                f"the loss after epoch {epoch + 1} is {scores['val_loss']}; {last} is as it was"
+            )
         if rank == 0:
             means = {name: sum(stats[name] for stats in logged) / len(logged) for name in stats}
             row = {"epoch": epoch + 1, "lr": lr, **means, **scores, **speed}
@@ -336,8 +440,14 @@ def main() -> None:
                 board.add_scalar(f"epoch/{name}", value, (epoch + 1) * steps)
             board.flush()
             with open(args.out / "log.csv", "w", newline="") as file:
-                csv.writer(file).writerows([list(row), *(list(epoch_row.values()) for epoch_row in log)])
-            state = {"model": student.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                csv.writer(file).writerows(
+                    [list(row), *(list(epoch_row.values()) for epoch_row in log)]
+                )
+            state = {
+                "model": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
             torch.save(state | {"epoch": epoch + 1, "log": log}, args.out / "last.tmp")
             os.replace(args.out / "last.tmp", last)  # whole or not at all
     if world > 1:

@@ -30,10 +30,14 @@ def assert_as_reference(student: Tensor, teacher: Tensor, target: Tensor, **opti
     """Loss and gradient of `wsl_loss` against the reference in float64 on the same numbers."""
     value, gradient = step(wsl_loss, student, teacher, target, **options)
     exact = target.double() if target.is_floating_point() else target
-    expected, expected_gradient = step(reference.wsl_loss, student.double(), teacher.double(), exact, **options)
+    expected, expected_gradient = step(
+        reference.wsl_loss, student.double(), teacher.double(), exact, **options
+    )
     budget = BUDGET[student.dtype] if teacher.dtype != torch.float64 else BUDGET[torch.float64]
     torch.testing.assert_close(value.double(), expected, rtol=budget, atol=budget, equal_nan=True)
-    assert value.dtype == (torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32)
+    assert value.dtype == (
+        torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+    )
     assert gradient.dtype == student.dtype
     assert gradient.shape == student.shape
     # A gradient is a difference of probabilities: its error is relative to the largest of its tensor, and rounding to
@@ -50,18 +54,28 @@ def assert_as_reference(student: Tensor, teacher: Tensor, target: Tensor, **opti
     )
 
 
-def assert_exact(student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 2.0, **options: Any) -> None:
+def assert_exact(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float = 2.0, **options: Any
+) -> None:
     """Every row's loss and every entry of its gradient is within a few roundings of the terms that it is the sum of.
 
     Judged in long double, as float64 has no digits left where both models are sure. exp(z) of a rounded z is off by |z|
     roundings, as far as it is not 0; what is below the range of float32 may be 0.
     """
-    value, gradient = step(wsl_loss, student, teacher, target, reduction="none", temperature=temperature, **options)
-    row = wsl_rows(*(x.numpy() for x in (student, teacher, target)), temperature=temperature, **options)
+    value, gradient = step(
+        wsl_loss, student, teacher, target, reduction="none", temperature=temperature, **options
+    )
+    row = wsl_rows(
+        *(x.numpy() for x in (student, teacher, target)), temperature=temperature, **options
+    )
     distance = torch.cat([x - x.amax(1, keepdim=True) for x in (student, teacher)], 1).abs()
     widest = sum(z.where(z < 104, 0.0).amax(1).numpy() for z in (distance, distance / temperature))
     rounding = (12 + 4 * widest) * 2.0**-24
-    floor = 1e-35 * (1 + options.get("hard_weight", 1.0) + options.get("alpha", 2.5) * (temperature + temperature**2))
+    floor = 1e-35 * (
+        1
+        + options.get("hard_weight", 1.0)
+        + options.get("alpha", 2.5) * (temperature + temperature**2)
+    )
     for name, found, exact, size in (
         ("loss", value.numpy()[:, None], row.loss[:, None], row.loss_size[:, None]),
         ("gradient", gradient.numpy(), row.gradient, row.gradient_size),

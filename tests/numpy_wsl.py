@@ -40,7 +40,13 @@ def expectation(mass: Array, z: Array) -> Array:
 
 
 def wsl_row(
-    s: Array, t: Array, q: Array, temperature: float, alpha: float, hard_weight: float, label_smoothing: float
+    s: Array,
+    t: Array,
+    q: Array,
+    temperature: float,
+    alpha: float,
+    hard_weight: float,
+    label_smoothing: float,
 ) -> Row:
     """Loss and gradient of one row with class probabilities q, from the closed form."""
     s, t, q = (x.astype(np.longdouble) for x in (s, t, q))
@@ -48,7 +54,9 @@ def wsl_row(
     soft_student, soft_teacher = softmax(s, temperature), softmax(t, temperature)
     student_ce, teacher_ce = (q.sum() * x.log_sum - expectation(q, x.z) for x in (student, teacher))
     weight = -np.expm1(-student_ce / (teacher_ce + np.longdouble("1e-7")))
-    soft = soft_student.log_sum - expectation(soft_teacher.less + soft_teacher.leader, soft_student.z)
+    soft = soft_student.log_sum - expectation(
+        soft_teacher.less + soft_teacher.leader, soft_student.z
+    )
     smoothed = (1 - np.longdouble(label_smoothing)) * q + np.longdouble(label_smoothing) / len(q)
     hard = smoothed.sum() * student.log_sum - expectation(smoothed, student.z)
     left = smoothed.sum() * student.leader - smoothed
@@ -57,10 +65,20 @@ def wsl_row(
     return Row(
         loss,
         hard_weight * (smoothed.sum() * student.less + left)
-        + soft_scale * (soft_student.less - soft_teacher.less + (soft_student.leader - soft_teacher.leader)),
+        + soft_scale
+        * (soft_student.less - soft_teacher.less + (soft_student.leader - soft_teacher.leader)),
         loss,  # a sum of terms that are all >= 0
-        hard_weight * (smoothed.sum() * (abs(student.less) + (left != 0) * student.leader) + (left != 0) * smoothed)
-        + soft_scale * (abs(soft_student.less) + abs(soft_teacher.less) + (soft_student.leader != soft_teacher.leader)),
+        hard_weight
+        * (
+            smoothed.sum() * (abs(student.less) + (left != 0) * student.leader)
+            + (left != 0) * smoothed
+        )
+        + soft_scale
+        * (
+            abs(soft_student.less)
+            + abs(soft_teacher.less)
+            + (soft_student.leader != soft_teacher.leader)
+        ),
     )
 
 
@@ -76,4 +94,9 @@ def wsl_rows(
     """Of every row of (N, C) logits and targets of indices (N,) or probabilities (N, C), stacked."""
     q = np.eye(student.shape[1])[target] if target.ndim == 1 else target
     options = (temperature, alpha, hard_weight, label_smoothing)
-    return Row(*(np.stack(part) for part in zip(*(wsl_row(*row, *options) for row in zip(student, teacher, q)))))
+    return Row(
+        *(
+            np.stack(part)
+            for part in zip(*(wsl_row(*row, *options) for row in zip(student, teacher, q)))
+        )
+    )

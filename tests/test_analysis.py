@@ -60,7 +60,9 @@ def flat(logits, target, first=0):
 
 def slopes(s, t, q, temperature):
     """The derivatives a and b along q, by their definition; good for rows that float64 can tell from certain ones."""
-    p, p_student, p_teacher = (np.exp(log_softmax(x)) for x in (s, s / temperature, t / temperature))
+    p, p_student, p_teacher = (
+        np.exp(log_softmax(x)) for x in (s, s / temperature, t / temperature)
+    )
     a = (q * (p - q)).sum()
     return a, temperature * (q * (p_student - p_teacher)).sum() - a
 
@@ -69,7 +71,9 @@ def assert_by_definition(found, student, teacher, target, temperature, rule="mag
     """On all elements but those where |b| = |a|, or a + b = 0, to nine digits."""
     s, q = flat(student, target)
     t, _ = flat(teacher, target)
-    a, b = np.array([slopes(*row, temperature) for row in zip(s, t, q, strict=True)]).reshape(-1, 2).T
+    a, b = (
+        np.array([slopes(*row, temperature) for row in zip(s, t, q, strict=True)]).reshape(-1, 2).T
+    )
     size = 1e-9 * (np.abs(a) + np.abs(b))
     clear = (np.abs(np.abs(b) - np.abs(a)) > size) & (np.abs(a + b) > size)
     assert clear.all() or clear.mean() > 0.9
@@ -98,7 +102,10 @@ def test_regularization_samples_are_found_and_missed_in_both_ways(probabilities)
     assert_by_definition(found, student, teacher, target, 4.0)
     (s, q), (t, _) = flat(student, target), flat(teacher, target)
     x = np.array([sum(slopes(*row, 4.0)) for row in zip(s, t, q, strict=True)])
-    for sign in (1, -1):  # the student's probability of the label is above the teacher's, or far below it
+    for sign in (
+        1,
+        -1,
+    ):  # the student's probability of the label is above the teacher's, or far below it
         assert found.numpy()[sign * x > 0].mean() > 0.02
     assert found.float().mean() < 0.9
 
@@ -106,7 +113,9 @@ def test_regularization_samples_are_found_and_missed_in_both_ways(probabilities)
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_a_and_b_are_derivatives_of_the_losses_along_the_target(probabilities):
     for temperature in TEMPERATURES:
-        student, teacher, target = problem((40, 6), probabilities=probabilities, dtype=torch.float64)
+        student, teacher, target = problem(
+            (40, 6), probabilities=probabilities, dtype=torch.float64
+        )
         if probabilities:  # of any sum
             target = target.double() * torch.linspace(0.5, 2, 40)[:, None]
         label = target if probabilities else F.one_hot(target, 6).double()
@@ -115,12 +124,18 @@ def test_a_and_b_are_derivatives_of_the_losses_along_the_target(probabilities):
             s = student + eps * label
             ce = F.cross_entropy(s, label, reduction="none")
             soft = (teacher / temperature).softmax(1)
-            return ce, temperature**2 * F.cross_entropy(s / temperature, soft, reduction="none") - ce
+            return ce, temperature**2 * F.cross_entropy(
+                s / temperature, soft, reduction="none"
+            ) - ce
 
         at = torch.zeros(40, 1, dtype=torch.float64)
-        a, b = (torch.func.grad(lambda eps, i=i: losses(eps)[i].sum())(at).squeeze(1) for i in range(2))
+        a, b = (
+            torch.func.grad(lambda eps, i=i: losses(eps)[i].sum())(at).squeeze(1) for i in range(2)
+        )
         for rule, holds in RULES.items():
-            found = regularization_samples(student, teacher, target, temperature=temperature, rule=rule)
+            found = regularization_samples(
+                student, teacher, target, temperature=temperature, rule=rule
+            )
             assert (found == holds(a, b)).all()
 
 
@@ -135,7 +150,9 @@ def exact(student, teacher, label, temperature):
             return e[label] / sum(e)
 
         a = probability(student, 1) - 1
-        return a, Decimal(temperature) * (probability(student, temperature) - probability(teacher, temperature)) - a
+        return a, Decimal(temperature) * (
+            probability(student, temperature) - probability(teacher, temperature)
+        ) - a
 
 
 @pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
@@ -156,13 +173,18 @@ def test_regularization_samples_are_exact_for_confident_rows(dtype, rule):
             for temperature in (1.0, 2.0, 4.0):
                 cases += [((margin, 0.5, -1.0), (margin + ahead, 0.0, 0.0), 0, temperature)]
                 # The student knows better, or worse, than a teacher who is sure of another class.
-                cases += [((0.0, margin, -1.0), (-1.0, margin + ahead, 0.0), label, temperature) for label in (0, 1)]
+                cases += [
+                    ((0.0, margin, -1.0), (-1.0, margin + ahead, 0.0), label, temperature)
+                    for label in (0, 1)
+                ]
     with localcontext() as context:
         context.prec = 500
         expected = torch.tensor([RULES[rule](*exact(*case)) for case in cases])
     assert 0.2 < expected.float().mean() < 0.95
     found = [
-        regularization_samples(*torch.tensor([s, t], dtype=dtype), torch.tensor(y), temperature=temperature, rule=rule)
+        regularization_samples(
+            *torch.tensor([s, t], dtype=dtype), torch.tensor(y), temperature=temperature, rule=rule
+        )
         for s, t, y, temperature in cases
     ]
     assert torch.stack(found).tolist() == expected.tolist()
@@ -197,7 +219,11 @@ def test_at_temperature_1_they_are_the_weights_below_1_minus_1_over_e(shape, sca
     teacher = student + 0.3 * teacher
     terms = wsl_terms(student, teacher, target)
     # Where the 1e-7 in the weight changes no more than rounding does, and the weight is not 1 - 1/e to four digits.
-    clear = (target != -100) & (terms.teacher_ce > 1e-3) & ((terms.weight - (1 - 1 / math.e)).abs() > 1e-4)
+    clear = (
+        (target != -100)
+        & (terms.teacher_ce > 1e-3)
+        & ((terms.weight - (1 - 1 / math.e)).abs() > 1e-4)
+    )
     assert clear.float().mean() > 0.5
     found = regularization_samples(student, teacher, target, temperature=1.0)
     assert found[clear].equal(terms.weight[clear] < 1 - 1 / math.e)
@@ -212,12 +238,15 @@ def test_how_the_rules_contain_one_another(case, probabilities):
     target = F.one_hot(target, student.shape[1]).to(student.dtype) if probabilities else target
     for T in (1.0, temperature):
         magnitude, opposing, signed = (
-            regularization_samples(student, teacher, target, temperature=T, rule=rule) for rule in RULES
+            regularization_samples(student, teacher, target, temperature=T, rule=rule)
+            for rule in RULES
         )
         assert (magnitude & signed).equal(opposing)
         if T == 1:
             assert magnitude.equal(opposing)
-            assert probabilities or signed.all()  # as probabilities, the student may be certain: then a = b = 0
+            assert (
+                probabilities or signed.all()
+            )  # as probabilities, the student may be certain: then a = b = 0
 
 
 # --- regularization samples: ties, masks, garbage ---
@@ -228,18 +257,32 @@ def test_how_the_rules_contain_one_another(case, probabilities):
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_a_student_that_equals_its_teacher_has_none(temperature, shape, probabilities):
     for scale in (0.1, 3.0, 100.0):
-        student, _, target = problem(shape, scale=scale, probabilities=probabilities, dtype=torch.float16)
-        for teacher in (student, student.float(), student.clone(memory_format=torch.contiguous_format)):
-            assert not regularization_samples(student, teacher, target, temperature=temperature).any()
-            assert not regularization_samples(student, teacher, target, temperature=temperature, rule="opposing").any()
+        student, _, target = problem(
+            shape, scale=scale, probabilities=probabilities, dtype=torch.float16
+        )
+        for teacher in (
+            student,
+            student.float(),
+            student.clone(memory_format=torch.contiguous_format),
+        ):
+            assert not regularization_samples(
+                student, teacher, target, temperature=temperature
+            ).any()
+            assert not regularization_samples(
+                student, teacher, target, temperature=temperature, rule="opposing"
+            ).any()
     masked = student.masked_fill(student < 0, -INF)
     assert not regularization_samples(masked, masked, target, temperature=temperature).any()
 
 
 def test_one_class_leaves_nothing_to_regularize():
     for rule in RULES:
-        assert not regularization_samples(torch.randn(3, 1), torch.randn(3, 1), torch.zeros(3).long(), rule=rule).any()
-        assert not regularization_samples(torch.randn(1), torch.randn(1), torch.ones(1), rule=rule).any()
+        assert not regularization_samples(
+            torch.randn(3, 1), torch.randn(3, 1), torch.zeros(3).long(), rule=rule
+        ).any()
+        assert not regularization_samples(
+            torch.randn(1), torch.randn(1), torch.ones(1), rule=rule
+        ).any()
 
 
 MASKED = [
@@ -248,7 +291,12 @@ MASKED = [
     ([-INF, 1.0, 0.0], [9.0, 0.0, 0.0], 0, "magnitude"),  # -4 * 0.83 against -2 * 1
     ([-INF, 1.0, 0.0], [0.0, 0.0, 0.0], 0, "signed"),  # -4 / 3 against -2 * 1
     ([0.0, 1.0, 0.0], [-INF, 0.0, 0.0], 0, "magnitude opposing signed"),
-    ([0.0, -INF, -INF], [0.0, 0.0, -INF], 0, "magnitude opposing signed"),  # 4 * (1 - 1/2) against 0
+    (
+        [0.0, -INF, -INF],
+        [0.0, 0.0, -INF],
+        0,
+        "magnitude opposing signed",
+    ),  # 4 * (1 - 1/2) against 0
     ([0.0, 0.0, -INF], [0.0, -INF, -INF], 0, "magnitude"),  # -4 * 1/2 against -2 * 1/2
     ([0.0, -INF, -INF], [5.0, -INF, -INF], 0, ""),  # both certain
     ([0.0, -INF, 1.0], [0.0, -INF, 1.0], 0, "signed"),
@@ -289,7 +337,9 @@ def test_ignored_elements_are_none(garbage, ignore_index, rule):
     expected = regularization_samples(student, teacher, target, rule=rule)
     student[::3, 1:], target[::3] = garbage, ignore_index
     expected[::3] = False
-    assert regularization_samples(student, teacher, target, ignore_index=ignore_index, rule=rule).equal(expected)
+    assert regularization_samples(
+        student, teacher, target, ignore_index=ignore_index, rule=rule
+    ).equal(expected)
     assert expected.any()
 
 
@@ -300,7 +350,10 @@ def test_huge_logits_do_not_overflow():
         target = torch.tensor([0, 0])
         found = regularization_samples(student, teacher, target, temperature=4.0)
         assert found.tolist() == [magnitude == 1e4, True]  # 1e30 - log(2) is a tie
-        assert regularization_samples(teacher, student, target, temperature=4.0).tolist() == [magnitude == 1e4, True]
+        assert regularization_samples(teacher, student, target, temperature=4.0).tolist() == [
+            magnitude == 1e4,
+            True,
+        ]
 
 
 # --- bias and variance: the definition ---
@@ -328,14 +381,18 @@ def test_bias_and_variance_by_definition(shape, probabilities, dtype):
         assert value.shape == shape[:1] * (len(shape) > 1) + shape[2:]
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         budget = 1e-12 if dtype == torch.float64 else 2e-6
-        np.testing.assert_allclose(value.reshape(-1).numpy(), expected[:, column], rtol=budget, atol=budget)
+        np.testing.assert_allclose(
+            value.reshape(-1).numpy(), expected[:, column], rtol=budget, atol=budget
+        )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("scale", [0.01, 3.0, 100.0])
 def test_mean_cross_entropy_is_bias_plus_variance(shape, probabilities, scale):
-    logits, target = models(shape, count=3, scale=scale, dtype=torch.float64, probabilities=probabilities)
+    logits, target = models(
+        shape, count=3, scale=scale, dtype=torch.float64, probabilities=probabilities
+    )
     if probabilities:
         dim = 0 if len(shape) == 1 else 1
         target = target.double() / target.double().sum(dim, keepdim=True)
@@ -350,7 +407,9 @@ def test_bias_contains_the_noise_of_the_labels():
     target = target.double()
     noise = torch.special.entr(target).sum(1)
     divergence = (target * (target / ybar).log()).sum(1)
-    torch.testing.assert_close(bias_variance(logits, target).bias, divergence + noise, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(
+        bias_variance(logits, target).bias, divergence + noise, rtol=1e-7, atol=1e-7
+    )
 
 
 def exact_decomposition(logits, label):
@@ -372,8 +431,12 @@ def test_confident_models_that_nearly_agree_keep_their_digits(dtype, margin, spr
     # What is lost is what subtracting the maximum rounds off, in units of what the models differ by.
     budget = 8 * torch.finfo(arithmetic).eps * (1 + (1 + margin) / spread)
     generator = torch.Generator().manual_seed(0)
-    common = torch.randn(4, dtype=torch.float64, generator=generator) + margin * torch.tensor([0, 0, 1.0, 0])
-    logits = (common + spread * torch.randn(3, 4, dtype=torch.float64, generator=generator)).to(dtype)
+    common = torch.randn(4, dtype=torch.float64, generator=generator) + margin * torch.tensor(
+        [0, 0, 1.0, 0]
+    )
+    logits = (common + spread * torch.randn(3, 4, dtype=torch.float64, generator=generator)).to(
+        dtype
+    )
     found = bias_variance(logits, torch.tensor(2))
     for value, true in zip(found, exact_decomposition(logits.tolist(), 2), strict=True):
         assert abs(Decimal(value.item()) - true) <= Decimal(budget + torch.finfo(dtype).eps) * true
@@ -384,7 +447,9 @@ def test_confident_models_that_disagree(dtype):
     logits = torch.tensor([[[0.0, 1000.0, 3.0]], [[1000.0, 0.0, -3.0]]], dtype=dtype)
     found = bias_variance(logits, torch.tensor([0]))
     expected = [float(value) for value in exact_decomposition(logits[:, 0].tolist(), 0)]
-    torch.testing.assert_close(torch.cat(found), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        torch.cat(found), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -415,7 +480,9 @@ def test_masked_class_has_mean_prediction_zero():
         torch.testing.assert_close(bias, everywhere.bias)
         log_yhat = masked.log_softmax(2).mean(0)
         torch.testing.assert_close(variance, -log_yhat.exp().sum(1).log(), rtol=1e-10, atol=1e-10)
-        cross_entropy = torch.stack([F.cross_entropy(x, target, reduction="none") for x in masked]).mean(0)
+        cross_entropy = torch.stack(
+            [F.cross_entropy(x, target, reduction="none") for x in masked]
+        ).mean(0)
         torch.testing.assert_close(bias + variance, cross_entropy)
     bias, variance = bias_variance(masked, torch.full((6,), 4))
     assert bias.eq(INF).all()
@@ -456,7 +523,9 @@ def test_huge_logits_of_models_do_not_overflow():
 def test_mean_prediction_that_nearly_vanishes(dtype, arithmetic):
     """Where ybar is the smallest number there is, yhat / ybar overflows."""
     margin = 190.0 if arithmetic == torch.float32 else 1480.0
-    bias, variance = bias_variance(torch.tensor([[0.0, -margin], [0.0, 0.0]], dtype=dtype), torch.tensor(1))
+    bias, variance = bias_variance(
+        torch.tensor([[0.0, -margin], [0.0, 0.0]], dtype=dtype), torch.tensor(1)
+    )
     torch.testing.assert_close(variance.item(), math.log(2) / 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(bias.item(), margin / 2, rtol=1e-6, atol=0)
 
@@ -479,20 +548,33 @@ def clear(student, teacher, target, temperature):
     def probabilities(x):
         e = (x.double() - x.double().amax(1, keepdim=True)).exp()
         label = e.gather(1, target[:, None])
-        return (label / e.sum(1, True)).squeeze(1), (e.scatter(1, target[:, None], 0).sum(1) / e.sum(1))
+        return (label / e.sum(1, True)).squeeze(1), (
+            e.scatter(1, target[:, None], 0).sum(1) / e.sum(1)
+        )
 
-    (_, a), (s, not_s), (t, not_t) = (probabilities(x) for x in (student, student / temperature, teacher / temperature))
+    (_, a), (s, not_s), (t, not_t) = (
+        probabilities(x) for x in (student, student / temperature, teacher / temperature)
+    )
     x = temperature * torch.where(s + t > 1, not_t - not_s, s - t)
-    return (x.abs() > 1e-4 * a) & ((x + 2 * a).abs() > 1e-4 * a) & (x.abs() > 1e-4 * temperature * torch.minimum(s, t))
+    return (
+        (x.abs() > 1e-4 * a)
+        & ((x + 2 * a).abs() > 1e-4 * a)
+        & (x.abs() > 1e-4 * temperature * torch.minimum(s, t))
+    )
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows(), SHIFTS, SHIFTS)
 def test_adding_a_constant_to_a_row_changes_no_regularization_sample(case, constant, other):
     student, teacher, target, temperature = case
-    student, teacher = (student * 8).round() / 8, (teacher * 8).round() / 8  # halves survive without rounding
+    student, teacher = (
+        (student * 8).round() / 8,
+        (teacher * 8).round() / 8,
+    )  # halves survive without rounding
     expected = regularization_samples(student, teacher, target, temperature=temperature)
-    shifted = regularization_samples(student + constant, teacher + other, target, temperature=temperature)
+    shifted = regularization_samples(
+        student + constant, teacher + other, target, temperature=temperature
+    )
     assert shifted.equal(expected)
 
 
@@ -512,7 +594,9 @@ def test_renaming_the_classes_changes_no_regularization_sample(case, random):
     one_hot = F.one_hot(target, student.shape[1]).to(student.dtype)
     certain &= student.sub(teacher).abs().amax(1) < 40  # where float32 probabilities do not vanish
     certain &= student.amax(1) - student.amin(1) < 80
-    assert regularization_samples(student, teacher, one_hot, temperature=temperature)[certain].equal(expected[certain])
+    assert regularization_samples(student, teacher, one_hot, temperature=temperature)[
+        certain
+    ].equal(expected[certain])
 
 
 @st.composite
@@ -549,7 +633,9 @@ def test_order_of_models_and_classes_and_constants_change_nothing(case, random, 
     torch.testing.assert_close(bias_variance(shuffled, target), expected, rtol=1e-10, atol=1e-10)
     order = torch.tensor(by_class)
     renamed = target[:, order] if target.is_floating_point() else order.argsort()[target]
-    torch.testing.assert_close(bias_variance(logits[:, :, order], renamed), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        bias_variance(logits[:, :, order], renamed), expected, rtol=1e-10, atol=1e-10
+    )
 
 
 # --- both: layouts, chunks, memory, autograd ---
@@ -562,13 +648,23 @@ def test_any_strides(layout, probabilities):
         student, teacher, target = problem(shape, probabilities=probabilities, dtype=torch.float64)
         strided = STRIDED[layout](student)
         label = STRIDED[layout](target) if probabilities else target
-        plain = strided.clone(memory_format=torch.contiguous_format), label.clone(memory_format=torch.contiguous_format)
+        plain = (
+            strided.clone(memory_format=torch.contiguous_format),
+            label.clone(memory_format=torch.contiguous_format),
+        )
         found = regularization_samples(strided, teacher, label)
         assert found.equal(regularization_samples(plain[0], teacher, plain[1]))
         found = bias_variance(torch.stack((strided, teacher)), label)
-        torch.testing.assert_close(found, bias_variance(torch.stack((plain[0], teacher)), plain[1]), rtol=0, atol=0)
-        for models in (strided.expand(3, *shape), torch.stack((strided, teacher), -1).movedim(-1, 0)):
-            torch.testing.assert_close(bias_variance(models, label), bias_variance(models.contiguous(), label))
+        torch.testing.assert_close(
+            found, bias_variance(torch.stack((plain[0], teacher)), plain[1]), rtol=0, atol=0
+        )
+        for models in (
+            strided.expand(3, *shape),
+            torch.stack((strided, teacher), -1).movedim(-1, 0),
+        ):
+            torch.testing.assert_close(
+                bias_variance(models, label), bias_variance(models.contiguous(), label)
+            )
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -583,9 +679,9 @@ def test_trailing_dimensions_are_more_rows_whatever_the_chunk(probabilities, mon
         torch.testing.assert_close([x.reshape(-1) for x in whole], list(decomposed), rtol=0, atol=0)
         assert regularization_samples(*logits[:2], target).reshape(-1).equal(found)
         for n in range(2):
-            assert regularization_samples(logits[0, :, :, n, 1], logits[1, :, :, n, 1], target[..., n, 1]).equal(
-                found.view(2, 3, 2)[:, n, 1]
-            )
+            assert regularization_samples(
+                logits[0, :, :, n, 1], logits[1, :, :, n, 1], target[..., n, 1]
+            ).equal(found.view(2, 3, 2)[:, n, 1])
 
 
 def test_boxes_cover_every_element_once_and_keep_to_their_size():
@@ -607,7 +703,9 @@ def test_every_dtype_and_mixture(dtype, teacher_dtype):
         found = regularization_samples(student, teacher, target)
         assert_by_definition(found, student, teacher, target, 2.0)
         assert found.equal(regularization_samples(student.double(), teacher.double(), target))
-        assert found.equal(regularization_samples(student, teacher, target.to(target.dtype, copy=True)))
+        assert found.equal(
+            regularization_samples(student, teacher, target.to(target.dtype, copy=True))
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
@@ -616,7 +714,9 @@ def test_every_integer_target(dtype):
     found = regularization_samples(student, teacher, target.to(dtype))
     assert found.equal(regularization_samples(student, teacher, target))
     logits = torch.stack((student, teacher))
-    torch.testing.assert_close(bias_variance(logits, target.to(dtype)), bias_variance(logits, target))
+    torch.testing.assert_close(
+        bias_variance(logits, target.to(dtype)), bias_variance(logits, target)
+    )
 
 
 def test_uint8_target_is_not_taken_for_the_default_ignore_index():
@@ -650,7 +750,9 @@ def test_no_graph_and_no_input_written(probabilities):
         torch.testing.assert_close(x.detach(), copied, rtol=0, atol=0)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc"
+)
 def test_memory_stays_below_twice_the_inputs():
     code = """
 import torch
@@ -711,15 +813,31 @@ MODELS, TARGET = torch.zeros(3, 8, 10), torch.zeros(8, dtype=torch.long)
     ("inputs", "error", "message"),
     [
         ((MODELS[:0], TARGET), ValueError, "at least one model, got shape (0, 8, 10)"),
-        ((MODELS[0, 0], TARGET[0]), ValueError, "(M, C), (M, N, C) or (M, N, C, d1, ..., dk), got shape (10,)"),
+        (
+            (MODELS[0, 0], TARGET[0]),
+            ValueError,
+            "(M, C), (M, N, C) or (M, N, C, d1, ..., dk), got shape (10,)",
+        ),
         ((torch.tensor(1.0), TARGET), ValueError, "(M, N, C, d1, ..., dk), got shape ()"),
-        ((MODELS[..., :0], TARGET), ValueError, "logits must have at least one class, got shape (3, 8, 0)"),
+        (
+            (MODELS[..., :0], TARGET),
+            ValueError,
+            "logits must have at least one class, got shape (3, 8, 0)",
+        ),
         ((MODELS, TARGET[:4]), ValueError, "(8,) for logits of (8, 10), got (4,)"),
         ((MODELS, TARGET.expand(3, 8)), ValueError, "(8,) for logits of (8, 10), got (3, 8)"),
         ((MODELS, MODELS), ValueError, "(8, 10) for logits of (8, 10), got (3, 8, 10)"),
         ((MODELS[:, 0], TARGET), ValueError, "() for logits of (10,), got (8,)"),
-        ((MODELS, TARGET.to("meta")), ValueError, "logits and target must be on the same device, got cpu and meta"),
-        ((MODELS.long(), TARGET), TypeError, "logits must be float16, bfloat16, float32 or float64, got torch.int64"),
+        (
+            (MODELS, TARGET.to("meta")),
+            ValueError,
+            "logits and target must be on the same device, got cpu and meta",
+        ),
+        (
+            (MODELS.long(), TARGET),
+            TypeError,
+            "logits must be float16, bfloat16, float32 or float64, got torch.int64",
+        ),
         (([MODELS[0]], TARGET), TypeError, "logits must be a Tensor, got list"),
         ((MODELS, 3), TypeError, "target must be a Tensor, got int"),
         ((MODELS, TARGET.bool()), TypeError, "got torch.bool"),
@@ -735,15 +853,22 @@ def test_inputs_of_bias_variance(inputs, error, message):
 def test_compiled_code_cannot_raise_for_an_index_that_names_no_class():
     student, teacher, target = problem((6, 10))
     logits = torch.stack((student, teacher))
-    found, decomposed = regularization_samples(student, teacher, target), bias_variance(logits, target)
+    found, decomposed = (
+        regularization_samples(student, teacher, target),
+        bias_variance(logits, target),
+    )
     wrong = target.clone()
     wrong[2], wrong[3] = 10, -1
     kept = torch.tensor([0, 1, 4, 5])
     torch._dynamo.reset()
-    compiled = torch.compile(regularization_samples, fullgraph=True, backend="eager")(student, teacher, wrong)
+    compiled = torch.compile(regularization_samples, fullgraph=True, backend="eager")(
+        student, teacher, wrong
+    )
     assert compiled.equal(found & torch.tensor([True, True, False, False, True, True]))
     for value, expected in zip(
-        torch.compile(bias_variance, fullgraph=True, backend="eager")(logits, wrong), decomposed, strict=True
+        torch.compile(bias_variance, fullgraph=True, backend="eager")(logits, wrong),
+        decomposed,
+        strict=True,
     ):
         assert value.isnan().tolist() == [False, False, True, True, False, False]
         torch.testing.assert_close(value[kept], expected[kept])

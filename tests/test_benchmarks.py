@@ -30,7 +30,9 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed beside this build of torch"
+)
 def test_kernels_compile_ahead_of_time_without_spilling():
     """One number of classes, with every kernel; continuous integration reports on all."""
     # Triton 3.3's wheel has no linker for AMD.
@@ -42,7 +44,9 @@ def test_kernels_compile_ahead_of_time_without_spilling():
             assert any(kernel in line and target in line for line in report.stdout.splitlines())
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed beside this build of torch"
+)
 def test_report_tells_narrow_from_wide_and_a_spill():
     """The checks themselves: rows of 24 bf16 can be taken 16 bytes at a time, rows of 10 cannot."""
     code = """
@@ -61,7 +65,9 @@ assert report.resources(launch.compile(report.TARGETS["sm_90"], maxnreg=32))[1]
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed beside this build of torch")
+@pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed beside this build of torch"
+)
 def test_another_batch_size_compiles_nothing():
     code = """
 import sys; sys.path.insert(0, sys.argv[1])
@@ -84,13 +90,27 @@ assert len(found) == 6 and len(set(map(repr, found))) == 1, found
 
 # The benchmark of the loss -------------------------------------------------------------------------------------------
 
-linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="load and memory are read from /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="load and memory are read from /proc"
+)
 
 
 @linux
 def test_benchmark_prints_and_writes_what_it_measured_and_figures_follow(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that wait for one another do not spin
-    small = ("--device", "cpu", "--shapes", "64x100", "128x100", "--dtypes", "float32", "--seconds", "0.1")
+    monkeypatch.setenv(
+        "OMP_WAIT_POLICY", "passive"
+    )  # threads that wait for one another do not spin
+    small = (
+        "--device",
+        "cpu",
+        "--shapes",
+        "64x100",
+        "128x100",
+        "--dtypes",
+        "float32",
+        "--seconds",
+        "0.1",
+    )
     report = run("bench_loss.py", *small, "--out", str(tmp_path))
     rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
     losses = ["official", "distillation", "cross_entropy", "wsl_loss"]
@@ -100,13 +120,18 @@ def test_benchmark_prints_and_writes_what_it_measured_and_figures_follow(tmp_pat
         for provider, row in found.items():
             tensors = 2 if provider.startswith(("cross_entropy", "copy")) else 3
             assert int(row["ideal_bytes"]) == tensors * elements * 4
-            assert row["ideal_bytes_formula"] == f"{tensors} tensors * {elements} elements * 4 bytes"
+            assert (
+                row["ideal_bytes_formula"] == f"{tensors} tensors * {elements} elements * 4 bytes"
+            )
             assert all(row[column] for column in ("device", "torch", "commit"))
             assert row["threads"] == "2"
             base = found["cross_entropy, compiled" if "compiled" in provider else "cross_entropy"]
             ratio = float(row["p20_us"]) / float(base["p20_us"])
             assert float(row["time_over_cross_entropy"]) == pytest.approx(ratio, rel=0.05, abs=0.01)
-            noisy = f"noise: CIFAR-100, {shape}, float32: {provider}: p80/p20 is {row['spread']}," in report.stdout
+            noisy = (
+                f"noise: CIFAR-100, {shape}, float32: {provider}: p80/p20 is {row['spread']},"
+                in report.stdout
+            )
             assert noisy == (float(row["spread"]) > measuring.MAX_SPREAD), report.stdout
     assert report.returncode == ("REFUSED" in report.stdout), report.stderr
 
@@ -116,7 +141,13 @@ def test_benchmark_prints_and_writes_what_it_measured_and_figures_follow(tmp_pat
     assert figures.stdout.count("\n| ") == 2 + 1  # shapes and header
 
 
-GOOD = {"use": "CIFAR-100", "shape": "64x100", "dtype": "float32", "provider": "wsl_loss", "commit": "0123abc"}
+GOOD = {
+    "use": "CIFAR-100",
+    "shape": "64x100",
+    "dtype": "float32",
+    "provider": "wsl_loss",
+    "commit": "0123abc",
+}
 GOOD |= {"spread": "1.50", "load": "0.050"}
 
 
@@ -156,7 +187,9 @@ def test_package_of_another_checkout_is_refused(tmp_path, monkeypatch):
 @linux
 def test_busy_machine_is_noticed():
     """Also where the load is so steady that no burst is slower than another."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    busy = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())
+    ]
     try:
         times, load = measuring.measure({"sum": lambda: sum(range(1000))}, 0.3)
     finally:
@@ -170,7 +203,9 @@ def test_busy_machine_is_noticed():
 def test_changed_or_new_file_makes_a_checkout_dirty(tmp_path):
     def git(*arguments):
         identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
-        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(
+            ["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True
+        )
 
     assert measuring.commit(tmp_path) == "unknown-dirty"
     code, figure = tmp_path / "loss.py", tmp_path / "benchmarks" / "results" / "cpu.csv"
@@ -192,7 +227,9 @@ def test_changed_or_new_file_makes_a_checkout_dirty(tmp_path):
     assert measuring.commit(tmp_path).endswith("-dirty")
 
 
-@pytest.mark.parametrize("path", sorted(measuring.RESULTS.glob("*.csv")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(measuring.RESULTS.glob("*.csv")), ids=lambda path: path.name
+)
 def test_published_results_are_those_of_a_quiet_run_of_a_commit(results, path):
     assert measuring.refusals(list(csv.DictReader(path.open()))) == []
 
@@ -240,7 +277,9 @@ def test_hidden_states_to_loss_are_measured(monkeypatch, one_thread):
         monkeypatch.setattr(bench_linear, name, value)
     monkeypatch.setattr(measuring, "LEAST_BURSTS", 2)
     monkeypatch.setattr(measuring, "ATTEMPTS", 1)
-    rows = {row["provider"]: row for row in bench_linear.rows_of("float32", 0.1, {"commit": "0123abc"})}
+    rows = {
+        row["provider"]: row for row in bench_linear.rows_of("float32", 0.1, {"commit": "0123abc"})
+    }
     ours, unfused = rows["linear_wsl_loss"], rows["linear + wsl_loss"]
     assert unfused["time_over_unfused"] == "1.00"
     assert float(ours["peak_float32_logits"]) < 1.5 < float(unfused["peak_float32_logits"])

@@ -23,7 +23,9 @@ from torch import Tensor
 
 from weighted_soft_labels.reference import wsl_loss
 
-pytest.importorskip("torchvision", reason="torchvision is missing: pip install weighted-soft-labels[examples]")
+pytest.importorskip(
+    "torchvision", reason="torchvision is missing: pip install weighted-soft-labels[examples]"
+)
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -42,7 +44,9 @@ STUDENT = (*TINY, "--teacher", "resnet8", "--teacher-checkpoint", "teacher/last.
 def start(folder: Path, *options: object) -> subprocess.Popen[bytes]:
     """On one thread, as more gain little on networks this small, and lose a lot on a busy machine."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "cifar.py", *map(str, options)], cwd=folder, env=environment)
+    return subprocess.Popen(
+        [sys.executable, "cifar.py", *map(str, options)], cwd=folder, env=environment
+    )
 
 
 def run(folder: Path, *options: object) -> None:
@@ -89,12 +93,16 @@ def test_leaves_log_curves_and_checkpoint(finished: Path) -> None:
     assert [row["epoch"] for row in rows] == [1, 2]
     for row in rows:
         # The loss is the hard term and alpha * T^2 = 36 times the mean of weight * soft, which is about soft's.
-        assert row["loss"] == pytest.approx(row["hard"] + 36 * row["weight"] * row["soft"], rel=0.05)
+        assert row["loss"] == pytest.approx(
+            row["hard"] + 36 * row["weight"] * row["soft"], rel=0.05
+        )
         assert 0 < row["weight"] < 1
     assert rows[1]["loss"] < rows[0]["loss"]
     model = MODELS["resnet8"](num_classes=100)
     model.load_state_dict(torch.load(finished / "last.pt")["model"])
-    result = cifar.evaluate(model, cifar.Batches(arguments(*TINY), train=False), torch.autocast("cpu", enabled=False))
+    result = cifar.evaluate(
+        model, cifar.Batches(arguments(*TINY), train=False), torch.autocast("cpu", enabled=False)
+    )
     assert result["test_loss"] == pytest.approx(rows[1]["test_loss"], rel=1e-4)
 
 
@@ -123,8 +131,12 @@ def test_resuming_a_finished_run_for_its_speed_changes_nothing(finished: Path) -
     assert contents(finished) == before
 
 
-@pytest.mark.parametrize("more", [("--loss", "kd", "--amp", "fp16"), ("--loss", "wsl", "--channels-last")])
-def test_trains_in_other_precisions_and_layouts(finished: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "more", [("--loss", "kd", "--amp", "fp16"), ("--loss", "wsl", "--channels-last")]
+)
+def test_trains_in_other_precisions_and_layouts(
+    finished: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
     (tmp_path / "last.tmp").touch()  # as of a run that was killed in its first epoch
     main(*STUDENT, "--fake-data", 8, "--epochs", 1, "--out", tmp_path, "--resume", *more)
     assert log(tmp_path)[0]["loss"] < 1000  # false for NaN, too
@@ -135,14 +147,25 @@ def test_trains_in_other_precisions_and_layouts(finished: Path, tmp_path: Path, 
 BAD_INPUT = {  # options: message
     (): "finished' is not empty: --resume continues",
     ("--resume", "--alpha", "1"): "last.pt' was trained with alpha = 2.25, not 1.0",
-    ("--resume", "--teacher-checkpoint", "other.pt"): "last.pt' was trained with teacher_checkpoint = ",
+    (
+        "--resume",
+        "--teacher-checkpoint",
+        "other.pt",
+    ): "last.pt' was trained with teacher_checkpoint = ",
     ("--dataset", "cifar10"): "last.pt' does not hold a resnet8 for 10 classes",
     ("--teacher", "resnet14"): "last.pt' does not hold a resnet14 for 100 classes",
     ("--teacher-checkpoint", "missing.pt"): "'missing.pt' is not a readable checkpoint",
     ("--teacher-checkpoint", "half/last.pt"): "'half/last.pt' is not a readable checkpoint",
     ("--out", "half", "--resume"): "'half/last.pt' is not a readable checkpoint",
     ("--fake-data", "0", "--data", "missing"): "cannot read cifar100 in 'missing'",
-    ("--fake-data", "0", "--data", "missing", "--dataset", "fashion-mnist"): "cannot read fashion-mnist in 'missing'",
+    (
+        "--fake-data",
+        "0",
+        "--data",
+        "missing",
+        "--dataset",
+        "fashion-mnist",
+    ): "cannot read fashion-mnist in 'missing'",
     ("--loss", "ce"): "2",  # the parser's: of what use is the teacher?
 }
 
@@ -154,7 +177,9 @@ def test_bad_input_is_named(finished: Path, more: tuple[str, ...]) -> None:
     Path("half/last.pt").write_bytes(content[: len(content) // 2])
     torch.save({"model": torch.load(finished / "last.pt")["model"]}, "other.pt")
     before = contents(Path())
-    with pytest.raises((OSError, RuntimeError, ValueError, SystemExit), match=re.escape(BAD_INPUT[more])):
+    with pytest.raises(
+        (OSError, RuntimeError, ValueError, SystemExit), match=re.escape(BAD_INPUT[more])
+    ):
         main(*STUDENT, "--out", finished, *more)
     assert contents(Path()) == before
 
@@ -164,7 +189,9 @@ def test_bad_input_is_named(finished: Path, more: tuple[str, ...]) -> None:
 
 def arguments(*options: object, loss: str = "ce") -> argparse.Namespace:
     teacher = () if loss == "ce" else ("--teacher-checkpoint", "teacher.pt")
-    return cifar.parse_args([str(option) for option in ("--out", "out", "--loss", loss, *teacher, *options)])
+    return cifar.parse_args(
+        [str(option) for option in ("--out", "out", "--loss", loss, *teacher, *options)]
+    )
 
 
 @pytest.mark.parametrize("zipped", [False, True])  # before torch 1.6, and since
@@ -195,7 +222,9 @@ def test_losses_are_what_the_header_says() -> None:
     kl = (p * (p / q).log()).sum().item() / 64
     assert computed("ce") == pytest.approx(ce)
     assert computed("kd") == pytest.approx(ce + 36 * kl)
-    assert computed("kd", "--hard-weight", 0.1, "--alpha", 0.9) == pytest.approx(0.1 * ce + 0.9 * 16 * kl)
+    assert computed("kd", "--hard-weight", 0.1, "--alpha", 0.9) == pytest.approx(
+        0.1 * ce + 0.9 * 16 * kl
+    )
     paper = wsl_loss(student, teacher, labels, temperature=4.0, alpha=2.25, hard_weight=0.5)
     assert computed("wsl", "--hard-weight", 0.5) == pytest.approx(paper.item())
 
@@ -204,7 +233,9 @@ def test_losses_are_what_the_header_says() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Padded with 0, cropped, flipped, scaled to [0, 1], normalised: one of the 162 for every image, each as often."""
     images = torch.randint(256, (200, channels, 32, 32), dtype=torch.uint8)
     monkeypatch.setattr(cifar, "load_split", lambda args, train: (images, torch.arange(200)))
@@ -212,7 +243,9 @@ def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(channels: int, mo
 
     def expected(top: int, left: int, flip: bool) -> Tensor:
         crop = tv.crop(tv.pad(images, 4), top, left, 32, 32)
-        return tv.normalize((tv.hflip(crop) if flip else crop).expand(-1, 3, -1, -1) / 255, mean, std)
+        return tv.normalize(
+            (tv.hflip(crop) if flip else crop).expand(-1, 3, -1, -1) / 255, mean, std
+        )
 
     batches = cifar.Batches(arguments(), train=True)
     torch.manual_seed(0)
@@ -221,7 +254,9 @@ def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(channels: int, mo
     assert torch.equal(index.sort().values, torch.arange(200))
     assert not torch.equal(index, torch.cat([index for _, index in second]))
     draws = list(itertools.product(range(9), range(9), (False, True)))
-    matches = torch.stack([(expected(*draw)[index] - got).abs().amax((1, 2, 3)) < 1e-5 for draw in draws])
+    matches = torch.stack(
+        [(expected(*draw)[index] - got).abs().amax((1, 2, 3)) < 1e-5 for draw in draws]
+    )
     assert torch.equal(matches.sum(0), torch.ones(200))
     tops, lefts, flips = (torch.tensor(values)[matches.int().argmax(0)] for values in zip(*draws))
     assert tops.unique().tolist() == lefts.unique().tolist() == list(range(9))
@@ -231,12 +266,16 @@ def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(channels: int, mo
     torch.testing.assert_close((got, index), (expected(4, 4, False), torch.arange(200)))
 
 
-@pytest.mark.parametrize(("below", "packed"), [(".", True), ("FashionMNIST/raw", False)])  # Debian's, torchvision's
+@pytest.mark.parametrize(
+    ("below", "packed"), [(".", True), ("FashionMNIST/raw", False)]
+)  # Debian's, torchvision's
 def test_reads_fashion_mnist(tmp_path: Path, below: str, packed: bool) -> None:
     (tmp_path / below).mkdir(parents=True, exist_ok=True)
     written = {}
     for prefix, count in (("train", 6), ("t10k", 4)):
-        written[f"{prefix}-images-idx3-ubyte"] = torch.randint(256, (count, 28, 28), dtype=torch.uint8)
+        written[f"{prefix}-images-idx3-ubyte"] = torch.randint(
+            256, (count, 28, 28), dtype=torch.uint8
+        )
         written[f"{prefix}-labels-idx1-ubyte"] = torch.randint(10, (count,), dtype=torch.uint8)
     for name, values in written.items():
         shape = b"".join(size.to_bytes(4, "big") for size in values.shape)
@@ -246,24 +285,32 @@ def test_reads_fashion_mnist(tmp_path: Path, below: str, packed: bool) -> None:
     args = arguments("--dataset", "fashion-mnist", "--data", tmp_path)
     for prefix in ("train", "t10k"):
         images, labels = cifar.load_split(args, train=prefix == "train")
-        assert torch.equal(images, F.pad(written[f"{prefix}-images-idx3-ubyte"], (2, 2, 2, 2)).unsqueeze(1))
+        assert torch.equal(
+            images, F.pad(written[f"{prefix}-images-idx3-ubyte"], (2, 2, 2, 2)).unsqueeze(1)
+        )
         assert torch.equal(labels, written[f"{prefix}-labels-idx1-ubyte"].long())
     if packed:
         path.write_bytes(path.read_bytes()[:-1])
-        with pytest.raises(RuntimeError, match=re.escape(f"cannot read fashion-mnist in {str(tmp_path)!r}")):
+        with pytest.raises(
+            RuntimeError, match=re.escape(f"cannot read fashion-mnist in {str(tmp_path)!r}")
+        ):
             cifar.load_split(args, train=False)
 
 
 def test_reads_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files in CIFAR-100's format, by torchvision; only their checksums are others."""
     images, labels = torch.randint(256, (5, 3, 32, 32), dtype=torch.uint8), [3, 99, 0, 41, 7]
-    content = pickle.dumps({"data": images.flatten(1).numpy(), "fine_labels": labels, "fine_label_names": []})
+    content = pickle.dumps(
+        {"data": images.flatten(1).numpy(), "fine_labels": labels, "fine_label_names": []}
+    )
     (tmp_path / "cifar-100-python").mkdir()
     (tmp_path / "cifar-100-python" / "train").write_bytes(content)
     checksum = hashlib.md5(content).hexdigest()
     monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", checksum]])
     monkeypatch.setattr(datasets.CIFAR100, "test_list", [])
-    monkeypatch.setattr(datasets.CIFAR100, "meta", {"filename": "train", "key": "fine_label_names", "md5": checksum})
+    monkeypatch.setattr(
+        datasets.CIFAR100, "meta", {"filename": "train", "key": "fine_label_names", "md5": checksum}
+    )
     read = cifar.load_split(arguments("--data", tmp_path), train=True)
     torch.testing.assert_close(read, (images, torch.tensor(labels)))
 
@@ -276,17 +323,23 @@ def test_teacher_and_student_learn_fashion_mnist(copied: Path) -> None:
     """From the first 5000 images, in three epochs, the last with a tenth of the learning rate."""
     source = Path(os.environ.get("FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
     if not source.is_dir():
-        pytest.skip(f"no folder {source}: apt-get install dataset-fashion-mnist, or set FASHION_MNIST")
+        pytest.skip(
+            f"no folder {source}: apt-get install dataset-fashion-mnist, or set FASHION_MNIST"
+        )
     (copied / "data").mkdir()
     for split, count in (("train", 5000), ("t10k", 1000)):
         for kind, size in (("images-idx3", 16 + 28 * 28 * count), ("labels-idx1", 8 + count)):
             name = f"{split}-{kind}-ubyte.gz"
-            (copied / "data" / name).write_bytes(gzip.compress(gzip.decompress((source / name).read_bytes())[:size]))
+            (copied / "data" / name).write_bytes(
+                gzip.compress(gzip.decompress((source / name).read_bytes())[:size])
+            )
     common = ("--dataset", "fashion-mnist", "--model", "resnet8", "--epochs", 3)
     run(copied, *common, "--loss", "ce", "--out", "fashion/teacher")
     teacher = ("--teacher", "resnet8", "--teacher-checkpoint", "fashion/teacher/last.pt")
     run(copied, *common, *teacher, "--out", "fashion/student")
-    assert all(log(copied / "fashion" / name)[-1]["test_accuracy"] > 65 for name in ("teacher", "student"))
+    assert all(
+        log(copied / "fashion" / name)[-1]["test_accuracy"] > 65 for name in ("teacher", "student")
+    )
 
 
 @pytest.mark.slow

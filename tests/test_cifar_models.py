@@ -59,7 +59,10 @@ def test_has_the_models_of_repdistiller() -> None:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_state_dict_has_the_published_layout(name: str) -> None:
     with torch.device("meta"):
-        layout = {key: list(tensor.shape) for key, tensor in MODELS[name](num_classes=100).state_dict().items()}
+        layout = {
+            key: list(tensor.shape)
+            for key, tensor in MODELS[name](num_classes=100).state_dict().items()
+        }
     assert layout == LAYOUTS[name]
     assert list(layout) == list(LAYOUTS[name])
 
@@ -94,7 +97,11 @@ def test_gradient_of_ten_logits_reaches_every_parameter(name: str) -> None:
     [
         ("resnet8x4", "layer3.0.conv1.weight", 2 / (9 * 256)),
         ("resnet8x4", "layer3.0.downsample.0.weight", 2 / 256),
-        ("resnet8x4", "fc.weight", 1 / (3 * 256)),  # PyTorch's default: uniform within 1 / sqrt(fan-in)
+        (
+            "resnet8x4",
+            "fc.weight",
+            1 / (3 * 256),
+        ),  # PyTorch's default: uniform within 1 / sqrt(fan-in)
         ("wrn_16_2", "block3.layer.1.conv2.weight", 2 / (9 * 128)),
         ("wrn_16_2", "fc.bias", 0),
         ("vgg8", "block4.0.weight", 2 / (9 * 512)),

@@ -13,7 +13,11 @@ from weighted_soft_labels import _eager, loss, wsl_loss
 NATIVE = loss.implementation(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
-@pytest.fixture(autouse=True, params=dict.fromkeys([_eager, NATIVE]), ids=lambda module: module.__name__.split(".")[-1])
+@pytest.fixture(
+    autouse=True,
+    params=dict.fromkeys([_eager, NATIVE]),
+    ids=lambda module: module.__name__.split(".")[-1],
+)
 def implementation(request, monkeypatch):
     monkeypatch.setattr(loss, "implementation", lambda student, teacher: request.param)
 
@@ -21,10 +25,14 @@ def implementation(request, monkeypatch):
 def extreme_rows(rng, rows=16):
     """Margins from 1e-3 to 1e4 for classes that are the label's or not, cross-entropies down to 1e-12, ties, masks."""
     classes = int(rng.choice([1, 2, 3, 10, 37, 1000]))
-    student, teacher = rng.normal(size=(2, rows, classes)) * rng.choice([0.0, 0.1, 3.0], (2, rows, 1))
+    student, teacher = rng.normal(size=(2, rows, classes)) * rng.choice(
+        [0.0, 0.1, 3.0], (2, rows, 1)
+    )
     target, ahead = rng.integers(0, classes, (2, rows))
     every = np.arange(rows)
-    ahead = np.where(rng.random(rows) < 0.6, target, ahead)  # as often as not both models are sure of the label
+    ahead = np.where(
+        rng.random(rows) < 0.6, target, ahead
+    )  # as often as not both models are sure of the label
     student[every, ahead] += 10 ** rng.uniform(-3, rng.choice([1, 1.7, 4]), rows)
     behind = np.where(rng.random(rows) < 0.8, ahead, rng.integers(0, classes, rows))
     teacher[every, behind] += 10 ** rng.uniform(-3, rng.choice([1, 1.7, 4]), rows)
@@ -37,12 +45,20 @@ def extreme_rows(rng, rows=16):
     if rng.random() < 0.2:
         student = teacher.copy()
     options = {
-        "temperature": float(rng.choice([1.0, 2.0, 4.0, 10 ** rng.uniform(np.log10(0.05), np.log10(50))])),
+        "temperature": float(
+            rng.choice([1.0, 2.0, 4.0, 10 ** rng.uniform(np.log10(0.05), np.log10(50))])
+        ),
         "alpha": float(rng.choice([0.0, 2.5, 10 ** rng.uniform(-2, 3)])),
         "hard_weight": float(rng.choice([0.0, 1.0, 0.1])),
-        "label_smoothing": float(rng.choice([0.0, 0.0, 0.1])) if np.isfinite(student).all() else 0.0,
+        "label_smoothing": float(rng.choice([0.0, 0.0, 0.1]))
+        if np.isfinite(student).all()
+        else 0.0,
     }
-    return [torch.from_numpy(x).float() for x in (student, teacher)], torch.from_numpy(target), options
+    return (
+        [torch.from_numpy(x).float() for x in (student, teacher)],
+        torch.from_numpy(target),
+        options,
+    )
 
 
 @pytest.mark.parametrize("seed", range(150))
@@ -70,7 +86,11 @@ def test_agreement_of_sure_models_on_the_label_or_on_another_class(margin, leade
     student, teacher = torch.randn(2, 8, 10, generator=torch.Generator().manual_seed(0)).unbind(0)
     student[:, leader] += margin
     teacher[:, leader] += margin + 1
-    for options in ({"hard_weight": 0.0}, {"alpha": 49.0}, {"hard_weight": 0.0, "alpha": 1000.0, "temperature": 1.0}):
+    for options in (
+        {"hard_weight": 0.0},
+        {"alpha": 49.0},
+        {"hard_weight": 0.0, "alpha": 1000.0, "temperature": 1.0},
+    ):
         assert_exact(student, teacher, torch.zeros(8, dtype=torch.long), **options)
 
 

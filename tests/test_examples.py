@@ -10,29 +10,54 @@ from pathlib import Path
 import pytest
 
 for _module in ("sklearn", "scipy", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]"
+    )
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits.py"
 TEACHERS = ("good teacher", "10 % misaligned", "20 % misaligned", "40 % misaligned", "weak teacher")
-COLUMNS = ("wrong", "CE", "CE spread", "KD", "KD spread", "WSL", "WSL spread", "gain", "half", "if right", "if wrong")
+COLUMNS = (
+    "wrong",
+    "CE",
+    "CE spread",
+    "KD",
+    "KD spread",
+    "WSL",
+    "WSL spread",
+    "gain",
+    "half",
+    "if right",
+    "if wrong",
+)
 
 
 def run_digits(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, str(DIGITS), *options], cwd=folder, capture_output=True, text=True, timeout=200
+        [sys.executable, str(DIGITS), *options],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
     )
 
 
 def test_digits_shows_what_the_weights_buy(tmp_path: Path) -> None:
     done = run_digits(tmp_path, "--seeds", "2", "--epochs", "30", "--teacher-epochs", "10")
     assert done.returncode == 0, done.stderr
-    lines = {name: line for line in done.stdout.splitlines() for name in TEACHERS if line.startswith(name)}
+    lines = {
+        name: line
+        for line in done.stdout.splitlines()
+        for name in TEACHERS
+        if line.startswith(name)
+    }
     assert tuple(lines) == TEACHERS
     table = {}
     for name, line in lines.items():
         values = re.findall(r"[+-]?\d+\.?\d*", line.removeprefix(name))
         table[name] = dict(zip(COLUMNS, map(float, values), strict=True))
-        assert table[name]["gain"] == pytest.approx(table[name]["WSL"] - table[name]["KD"], abs=0.11)
+        assert table[name]["gain"] == pytest.approx(
+            table[name]["WSL"] - table[name]["KD"], abs=0.11
+        )
         assert 0 < table[name]["if wrong"] < table[name]["if right"] < 1
     worst = table["40 % misaligned"]
     assert worst["wrong"] > table["20 % misaligned"]["wrong"] > table["good teacher"]["wrong"]
@@ -47,4 +72,7 @@ def test_digits_shows_what_the_weights_buy(tmp_path: Path) -> None:
 def test_digits_refuses_a_missing_figure_folder_before_training(tmp_path: Path) -> None:
     done = run_digits(tmp_path, "--figure", "missing/x.png")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "digits.py: error: the folder of --figure missing/x.png does not exist"
+    assert (
+        done.stderr.splitlines()[-1]
+        == "digits.py: error: the folder of --figure missing/x.png does not exist"
+    )

@@ -31,8 +31,12 @@ def on_gpu(*tensors, index=0):
 def test_weight_is_exact_with_the_hardware_s_exponential(classes):
     margins = torch.linspace(0, 28, 200) + torch.tensor(classes).log()
     generator = torch.Generator().manual_seed(classes)
-    teacher = memorised(classes, margins, 7.3) + 0.3 * torch.randn(len(margins), classes, generator=generator)
-    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(torch.tensor(1), classes)
+    teacher = memorised(classes, margins, 7.3) + 0.3 * torch.randn(
+        len(margins), classes, generator=generator
+    )
+    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(
+        torch.tensor(1), classes
+    )
     target = torch.ones(len(margins), dtype=torch.long)
     expected = float64_weight(student, teacher, 1)
     for temperature in (1.0, 2.0, 4.0):
@@ -57,7 +61,9 @@ def test_hidden_states_to_the_loss(dtype):
     tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
     for name, gradient in gradients.items():
         atol = tolerance * expected[name].abs().max().item()
-        torch.testing.assert_close(gradient.cpu().double(), expected[name], rtol=tolerance, atol=atol)
+        torch.testing.assert_close(
+            gradient.cpu().double(), expected[name], rtol=tolerance, atol=atol
+        )
 
 
 def test_more_elements_than_32_bits_count():
@@ -73,7 +79,9 @@ def test_more_elements_than_32_bits_count():
     last = slice(rows - 16, rows)
     _, expected = step(wsl_loss, student[last], teacher[last], target[last], reduction="sum")
     torch.testing.assert_close(gradient[last], expected)
-    transposed = step(wsl_loss, student.T.contiguous().T, teacher.T.contiguous().T, target, reduction="sum")[1]
+    transposed = step(
+        wsl_loss, student.T.contiguous().T, teacher.T.contiguous().T, target, reduction="sum"
+    )[1]
     torch.testing.assert_close(transposed[last], expected)
 
 
@@ -98,11 +106,15 @@ def test_graph_is_captured_and_replayed_with_changing_inputs(shape):
         loss = wsl_loss(student, teacher, target)
         (gradient,) = torch.autograd.grad(loss, student)
     for seed in range(3):
-        for tensor, new in zip((student, teacher, target), problem(shape, ignored=True, seed=seed), strict=True):
+        for tensor, new in zip(
+            (student, teacher, target), problem(shape, ignored=True, seed=seed), strict=True
+        ):
             with torch.no_grad():
                 tensor.copy_(new)
         graph.replay()
-        torch.testing.assert_close((loss.detach(), gradient), step(wsl_loss, student, teacher, target))
+        torch.testing.assert_close(
+            (loss.detach(), gradient), step(wsl_loss, student, teacher, target)
+        )
 
 
 def test_two_streams_at_a_time():
@@ -169,12 +181,20 @@ def test_replayed_launch_is_the_launch():
     """Small batches skip Triton's binding of arguments from their second launch on, also where tensors move."""
     for shape in [(8, 10), (300, 1000), (5, 1029), (3, 20001)]:
         for dtype in (torch.float32, torch.bfloat16):
-            for options in ({}, {"reduction": "none"}, {"temperature": 4.0, "label_smoothing": 0.1}):
+            for options in (
+                {},
+                {"reduction": "none"},
+                {"temperature": 4.0, "label_smoothing": 0.1},
+            ):
                 for seed in range(3):
-                    assert_as_reference(*on_gpu(*problem(shape, ignored=True, dtype=dtype, seed=seed)), **options)
+                    assert_as_reference(
+                        *on_gpu(*problem(shape, ignored=True, dtype=dtype, seed=seed)), **options
+                    )
     student, teacher, target = on_gpu(*problem((9, 16)))
     assert_as_reference(student, teacher, target)
-    moved = torch.empty(9 * 16 + 1, device="cuda")[1:].view(9, 16)  # starts between multiples of 16 bytes
+    moved = torch.empty(9 * 16 + 1, device="cuda")[1:].view(
+        9, 16
+    )  # starts between multiples of 16 bytes
     assert_as_reference(moved.copy_(student), teacher, target)
 
 
@@ -188,6 +208,9 @@ def test_compiled_is_eager(dtype):
 
 def test_first_call_of_a_process():
     rows = bench_step.first_call_rows()
-    taken = {state: min(row["first_step_s"] for row in rows if row["cache"] == state) for state in ("cold", "warm")}
+    taken = {
+        state: min(row["first_step_s"] for row in rows if row["cache"] == state)
+        for state in ("cold", "warm")
+    }
     assert taken["cold"] <= 5.0
     assert taken["warm"] <= 0.3

@@ -30,14 +30,25 @@ from torch import Tensor, nn
 from weighted_soft_labels import reference
 
 torchvision, v2, Image, *_ = (
-    pytest.importorskip(module, reason=f"{module} is missing: pip install weighted-soft-labels[examples]")
+    pytest.importorskip(
+        module, reason=f"{module} is missing: pip install weighted-soft-labels[examples]"
+    )
     for module in ("torchvision", "torchvision.transforms.v2", "PIL.Image", "tensorboard", "tqdm")
 )
 
 IMAGENET = Path(__file__).parents[1] / "examples" / "imagenet.py"
 CLASSES, TRAIN, VAL = 4, 10, 3  # images of a class
 SMALL = (
-    *("--teacher", "squeezenet1_1", "--model", "shufflenet_v2_x0_5", "--image-size", 32, "--batch-size", 8),
+    *(
+        "--teacher",
+        "squeezenet1_1",
+        "--model",
+        "shufflenet_v2_x0_5",
+        "--image-size",
+        32,
+        "--batch-size",
+        8,
+    ),
     *("--epochs", 2, "--lr", 0.002, "--lr-step", 1, "--workers", 0),
 )
 # No batch norm, and dropout switched off: what depends on the number of processes by design.
@@ -65,23 +76,40 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for label in range(CLASSES):
             (folder / split / f"class{label}").mkdir(parents=True)
             for index in range(count):
-                pixels = torch.randint(40 * label, 40 * label + 100, (40, 36, 3), generator=generator)
+                pixels = torch.randint(
+                    40 * label, 40 * label + 100, (40, 36, 3), generator=generator
+                )
                 image = Image.fromarray(pixels.to(torch.uint8).numpy())
-                image.save(folder / split / f"class{label}" / f"{index}.{('png', 'jpeg')[index % 2]}")
+                image.save(
+                    folder / split / f"class{label}" / f"{index}.{('png', 'jpeg')[index % 2]}"
+                )
     shutil.copy(folder / "val" / "class0" / "0.png", folder / "val" / "class0" / "again.png")
     state = torchvision.models.squeezenet1_1(num_classes=CLASSES).state_dict()
-    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, folder / "teacher.pt")
+    torch.save(
+        {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+        folder / "teacher.pt",
+    )
     return folder
 
 
-def start(folder: Path, *options: object, processes: int = 0, first: str = "") -> subprocess.Popen[str]:
+def start(
+    folder: Path, *options: object, processes: int = 0, first: str = ""
+) -> subprocess.Popen[str]:
     """A copy of the script in a folder of its own, `first` being run before it."""
     script, wrapper = shutil.copy(IMAGENET, folder), folder / "wrapper.py"
-    wrapper.write_text(f"import runpy, time, torch\n{first}\nrunpy.run_path({str(script)!r}, run_name='__main__')")
-    torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split() if processes else []
+    wrapper.write_text(
+        f"import runpy, time, torch\n{first}\nrunpy.run_path({str(script)!r}, run_name='__main__')"
+    )
+    torchrun = (
+        f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+        if processes
+        else []
+    )
     command = [sys.executable, *torchrun, *map(str, (wrapper if first else script, *options))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
 
 
 def succeed(*arguments: Any, **how: Any) -> None:
@@ -117,13 +145,18 @@ def checkpoint(out: Path) -> dict[str, Any]:
 
 def assert_validated(row: dict[str, float], student: nn.Module, data: Path) -> None:
     """Against one batch of all images, read without the script."""
-    tail = v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    tail = (
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    )
     transform = v2.Compose([v2.Resize(36), v2.CenterCrop(32), v2.PILToTensor(), *tail])
     images, labels = zip(*torchvision.datasets.ImageFolder(str(data / "val"), transform))
     assert len(images) == CLASSES * VAL + 1
     with torch.no_grad():
         logits = student.eval()(torch.stack(images))
-    assert row["val_loss"] == pytest.approx(F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4)
+    assert row["val_loss"] == pytest.approx(
+        F.cross_entropy(logits, torch.tensor(labels)).item(), rel=1e-4
+    )
     right = (logits.argmax(1) == torch.tensor(labels)).sum().item()
     assert row["val_top1"] == pytest.approx(100 * right / len(images))
     assert row["val_top5"] == 100
@@ -132,10 +165,16 @@ def assert_validated(row: dict[str, float], student: nn.Module, data: Path) -> N
 # A run --------------------------------------------------------------------------------------------------------------
 
 
-def test_every_option_at_once_on_fake_data(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+def test_every_option_at_once_on_fake_data(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager")
+    )
     options = "--fake-data 16 --epochs 1 --accumulate 2 --amp bf16 --channels-last --compile --teacher-train-mode "
-    options += "--teacher squeezenet1_1 squeezenet1_0 --label-smoothing 0.1 --mixup 0.2 --cutmix 1 --out"
+    options += (
+        "--teacher squeezenet1_1 squeezenet1_0 --label-smoothing 0.1 --mixup 0.2 --cutmix 1 --out"
+    )
     run(*PLAIN, *options.split(), tmp_path)
     (row,) = log(tmp_path)
     assert (row["epoch"], row["lr"]) == (1, 0.002)
@@ -143,30 +182,44 @@ def test_every_option_at_once_on_fake_data(run: Any, tmp_path: Path, monkeypatch
     assert 0 < row["hard"] < row["loss"] < 100
     assert 0 <= row["val_top1"] <= row["val_top5"] <= 100
     assert 0 < row["waiting_for_data"] < 1
-    torchvision.models.squeezenet1_1().load_state_dict(checkpoint(tmp_path)["model"])  # torch.compile's would not fit
+    torchvision.models.squeezenet1_1().load_state_dict(
+        checkpoint(tmp_path)["model"]
+    )  # torch.compile's would not fit
     events = next((tmp_path / "tensorboard").iterdir()).read_bytes()
     assert {b"step/loss", b"step/weight", b"epoch/val_top1"} <= set(re.findall(rb"\w+/\w+", events))
 
 
-def ce(student: Tensor, teacher: Tensor, target: Tensor, *, label_smoothing: float, **_: float) -> Tensor:
+def ce(
+    student: Tensor, teacher: Tensor, target: Tensor, *, label_smoothing: float, **_: float
+) -> Tensor:
     return F.cross_entropy(student, target, label_smoothing=label_smoothing)
 
 
 def kd(student: Tensor, teacher: Tensor, target: Tensor, **options: float) -> Tensor:
     T = options["temperature"]
     soft = F.kl_div((student / T).log_softmax(1), (teacher / T).softmax(1), reduction="batchmean")
-    return options["hard_weight"] * ce(student, teacher, target, **options) + options["alpha"] * T**2 * soft
+    return (
+        options["hard_weight"] * ce(student, teacher, target, **options)
+        + options["alpha"] * T**2 * soft
+    )
 
 
 @pytest.mark.parametrize("mixing", [[], ["--mixup", 0.2]])
 @pytest.mark.parametrize("loss", [ce, kd, reference.wsl_loss])
 def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
-    run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: Any, mixing: list[object]
+    run: Any,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loss: Any,
+    mixing: list[object],
 ) -> None:
     """In two micro-batches, for the mean of two teachers; against the reference loss and SGD written out."""
     batches: list[tuple[Tensor, Tensor]] = []
     mix = v2.RandomChoice.forward
-    monkeypatch.setattr(v2.RandomChoice, "forward", lambda *batch: batches.append(mix(*batch)) or batches[-1])
+    monkeypatch.setattr(
+        v2.RandomChoice, "forward", lambda *batch: batches.append(mix(*batch)) or batches[-1]
+    )
     monkeypatch.setattr(nn.Dropout, "forward", lambda self, x: x)
     torch.manual_seed(5)
     teachers = [torchvision.models.squeezenet1_1(num_classes=CLASSES).eval() for _ in range(2)]
@@ -174,9 +227,28 @@ def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
     for teacher, file in zip(teachers, files):
         torch.save(teacher.state_dict(), file)
     options = {"temperature": 3.0, "alpha": 1.5, "hard_weight": 0.5, "label_smoothing": 0.1}
-    given = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)]
-    given += ["--loss", loss.__name__.removesuffix("_loss"), "--teacher", *["squeezenet1_1"] * 2, *mixing]
-    step = ["--epochs", 1, "--batch-size", CLASSES * TRAIN, "--accumulate", 2, "--lr", 0.1, "--out", tmp_path]
+    given = [
+        text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)
+    ]
+    given += [
+        "--loss",
+        loss.__name__.removesuffix("_loss"),
+        "--teacher",
+        *["squeezenet1_1"] * 2,
+        *mixing,
+    ]
+    step = [
+        "--epochs",
+        1,
+        "--batch-size",
+        CLASSES * TRAIN,
+        "--accumulate",
+        2,
+        "--lr",
+        0.1,
+        "--out",
+        tmp_path,
+    ]
     run("--data", data, *PLAIN, *step, *given, "--teacher-checkpoint", *files)
 
     torch.manual_seed(0)
@@ -190,15 +262,21 @@ def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
     for parameter in student.parameters():
         decayed = parameter.grad + 1e-4 * parameter.detach()
         parameter.data -= 0.1 * (decayed + 0.9 * decayed)  # Nesterov's first step
-    torch.testing.assert_close(checkpoint(tmp_path)["model"], student.state_dict(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        checkpoint(tmp_path)["model"], student.state_dict(), rtol=1e-4, atol=1e-5
+    )
     assert_validated(log(tmp_path)[0], student, data)
 
 
-def test_every_process_crops_an_image_alike_and_epochs_differ(imagenet: SimpleNamespace, data: Path) -> None:
+def test_every_process_crops_an_image_alike_and_epochs_differ(
+    imagenet: SimpleNamespace, data: Path
+) -> None:
     args = argparse.Namespace(data=data, fake_data=None, image_size=32)
     images = imagenet.Augmented(imagenet.make_data(args)[0], seed=0)
     state, before = torch.get_rng_state(), images[3, 5][0]
-    assert torch.equal(torch.get_rng_state(), state), "reading an image has used up random numbers of the training"
+    assert torch.equal(torch.get_rng_state(), state), (
+        "reading an image has used up random numbers of the training"
+    )
     torch.rand(1)
     assert torch.equal(images[3, 5][0], before)
     assert not torch.equal(images[4, 5][0], before)
@@ -215,14 +293,22 @@ def test_processes_share_every_global_batch(imagenet: SimpleNamespace) -> None:
     assert len({index for batch in alone for _, index in batch}) == 48
     shares = [batches(rank, 3, 2) for rank in range(3)]
     for step, batch in enumerate(alone):
-        assert sorted(batch) == sorted(image for share in shares for half in share[2 * step :][:2] for image in half)
+        assert sorted(batch) == sorted(
+            image for share in shares for half in share[2 * step :][:2] for image in half
+        )
 
 
-def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(imagenet: SimpleNamespace) -> None:
-    pytest.importorskip("timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]")
+def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(
+    imagenet: SimpleNamespace,
+) -> None:
+    pytest.importorskip(
+        "timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]"
+    )
     model = imagenet.make_model("mobilenetv1", 1000)
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_231_976
-    assert {type(module).__name__ for module in model.modules() if "ReLU" in type(module).__name__} == {"ReLU"}
+    assert {
+        type(module).__name__ for module in model.modules() if "ReLU" in type(module).__name__
+    } == {"ReLU"}
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             bound = 1 / math.sqrt(module.weight[0].numel())  # uniform up to it
@@ -233,7 +319,9 @@ def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(imagenet: 
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does_and_either_resumes_them(data: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_does_and_either_resumes_them(
+    data: Path, tmp_path: Path
+) -> None:
     """On the same global batch; of two processes, each takes its share in two micro-batches."""
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
     options = (tmp_path, *on(data), *PLAIN)
@@ -246,7 +334,9 @@ def test_two_processes_train_as_one_does_and_either_resumes_them(data: Path, tmp
 
     assert [row["lr"] for row in log(one)] == [0.002, pytest.approx(0.0002)]
     for other in (two, mixed):
-        torch.testing.assert_close(checkpoint(one)["model"], checkpoint(other)["model"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            checkpoint(one)["model"], checkpoint(other)["model"], rtol=1e-4, atol=1e-5
+        )
         for row, other_row in zip(log(one), log(other), strict=True):
             for name in ("epoch", "lr", "val_loss", "val_top1", "val_top5"):
                 assert row[name] == pytest.approx(other_row[name], rel=1e-5), name
@@ -269,7 +359,9 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(data: Path, tmp_pat
     succeed(*options, whole)
     with start(*options, out, "--workers", 1, first=SLEEPS_IN_THE_SECOND_EPOCH) as process:
         limit = time.monotonic() + 60
-        while not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < limit:
+        while (
+            not (out / "last.pt").exists() and process.poll() is None and time.monotonic() < limit
+        ):
             time.sleep(0.02)
         time.sleep(1)  # to be in the second epoch
         process.send_signal(signal.SIGKILL)
@@ -281,16 +373,24 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(data: Path, tmp_pat
     for name, value in a["model"].items():
         assert torch.equal(value, b["model"][name]), name
     for index, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]), index
+        assert torch.equal(
+            state["momentum_buffer"], b["optimizer"]["state"][index]["momentum_buffer"]
+        ), index
     for row, other in zip(log(whole), log(out), strict=True):
-        assert {name for name in row if row[name] != other[name]} <= {"images_per_s", "waiting_for_data"}
+        assert {name for name in row if row[name] != other[name]} <= {
+            "images_per_s",
+            "waiting_for_data",
+        }
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------
 
 
 def test_bad_data_is_named(run: Any, data: Path, tmp_path: Path) -> None:
-    options, folder = (*SMALL, "--loss", "ce", "--out", tmp_path / "out", "--data"), tmp_path / "data"
+    options, folder = (
+        (*SMALL, "--loss", "ce", "--out", tmp_path / "out", "--data"),
+        tmp_path / "data",
+    )
     with pytest.raises(FileNotFoundError, match=f"{folder}/train"):
         run(*options, folder)
     shutil.copytree(data, folder)
@@ -299,14 +399,20 @@ def test_bad_data_is_named(run: Any, data: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"cannot read the image {image}: "):
         run(*options, folder)
     shutil.rmtree(folder / "val" / "class3")
-    with pytest.raises(ValueError, match=rf"{folder}: only one of train and val has \{{'class3'\}}"):
+    with pytest.raises(
+        ValueError, match=rf"{folder}: only one of train and val has \{{'class3'\}}"
+    ):
         run(*options, folder)
     for size in (9, 48):
-        with pytest.raises(ValueError, match=rf"must be at most 40 \(images\), a multiple of 2 .*, got {size}"):
+        with pytest.raises(
+            ValueError, match=rf"must be at most 40 \(images\), a multiple of 2 .*, got {size}"
+        ):
             run(*options, data, "--accumulate", 2, "--batch-size", size)
 
 
-def test_a_bad_teacher_is_named(run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_teacher_is_named(
+    run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options, file = ("--data", data, *SMALL, "--out", tmp_path / "out"), tmp_path / "teacher.pt"
     with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet: .*No such file"):
         run(*options, "--teacher-checkpoint", file)
@@ -314,14 +420,19 @@ def test_a_bad_teacher_is_named(run: Any, data: Path, tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet"):
         run(*options, "--teacher-checkpoint", file)
     torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), file)
-    with pytest.raises(RuntimeError, match=rf"(?s)cannot load {file} into SqueezeNet: .*\[7, .*\[4, "):
+    with pytest.raises(
+        RuntimeError, match=rf"(?s)cannot load {file} into SqueezeNet: .*\[7, .*\[4, "
+    ):
         run(*options, "--teacher-checkpoint", file)
 
     # The pretrained file of 1000 classes, where torchvision would have put it.
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     url = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
-    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "hub" / "checkpoints" / Path(url).name)
+    torch.save(
+        torchvision.models.squeezenet1_1().state_dict(),
+        tmp_path / "hub" / "checkpoints" / Path(url).name,
+    )
     with pytest.raises(ValueError, match="the teacher squeezenet1_1 has 1000 classes, the data 4"):
         run(*options)
 
@@ -330,7 +441,9 @@ def test_a_run_is_neither_overwritten_nor_spoilt(run: Any, data: Path, tmp_path:
     options = ("--data", data, *SMALL, "--loss", "ce", "--out", tmp_path)
     run(*options, "--epochs", 1)
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(FileExistsError, match=rf"{tmp_path}/last\.pt exists: --resume goes on with that run"):
+    with pytest.raises(
+        FileExistsError, match=rf"{tmp_path}/last\.pt exists: --resume goes on with that run"
+    ):
         run(*options)
     with pytest.raises(FloatingPointError, match=r"the loss after epoch 2 is (nan|inf)"):
         run(*options, "--resume", "--lr", 1e30)

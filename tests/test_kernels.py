@@ -21,7 +21,9 @@ from weighted_soft_labels import reference, wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
 _triton = pytest.importorskip(
-    "weighted_soft_labels._triton", reason="Triton is not installed beside this build of torch", exc_type=ImportError
+    "weighted_soft_labels._triton",
+    reason="Triton is not installed beside this build of torch",
+    exc_type=ImportError,
 )
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REGIMES = [(3, 5), (3, 40), (5, 1000), (3, 1029), (2, 8201), (2, 19, 3, 5), (1, 40, 70)]
@@ -50,10 +52,17 @@ def on_device(*tensors):
 @pytest.mark.parametrize("shape", REGIMES)
 @pytest.mark.parametrize(
     ("temperature", "label_smoothing", "kind"),
-    [(1.0, 0.1, "ignored"), (2.0, 0.0, "ignored"), (3.3, 1.0, "ignored"), (2.0, 0.1, "probabilities")],
+    [
+        (1.0, 0.1, "ignored"),
+        (2.0, 0.0, "ignored"),
+        (3.3, 1.0, "ignored"),
+        (2.0, 0.1, "probabilities"),
+    ],
 )
 def test_every_regime(shape, temperature, label_smoothing, kind):
-    inputs = on_device(*problem(shape, ignored=kind == "ignored", probabilities=kind == "probabilities"))
+    inputs = on_device(
+        *problem(shape, ignored=kind == "ignored", probabilities=kind == "probabilities")
+    )
     assert_as_reference(*inputs, temperature=temperature, label_smoothing=label_smoothing)
 
 
@@ -113,12 +122,22 @@ def test_sure_rows_are_exact_by_the_size_of_their_own_terms(rows, classes, tempe
         for hard_weight in (0.0, 1.0):
             options = {"temperature": temperature, "hard_weight": hard_weight, "reduction": "sum"}
             _, found = step(wsl_loss, *on_device(*inputs[:2], target), **options)
-            _, expected = step(wsl_loss, *exact, target.double() if target.is_floating_point() else target, **options)
+            _, expected = step(
+                wsl_loss,
+                *exact,
+                target.double() if target.is_floating_point() else target,
+                **options,
+            )
             # What a gradient is a difference of: p, or 1 - p at the label, of student and teacher.
             size = 0
-            for scale, logits in ((hard_weight, exact[0]), *((2.5 * temperature, x / temperature) for x in exact)):
+            for scale, logits in (
+                (hard_weight, exact[0]),
+                *((2.5 * temperature, x / temperature) for x in exact),
+            ):
                 p = logits.softmax(1)
-                size = size + scale * torch.where(label == 1, (p * (1 - label)).sum(1, keepdim=True), p)
+                size = size + scale * torch.where(
+                    label == 1, (p * (1 - label)).sum(1, keepdim=True), p
+                )
             assert ((found.cpu().double() - expected).abs() <= 1e-5 * size + 1e-37).all()
 
 
@@ -127,7 +146,9 @@ def test_sure_rows_are_exact_by_the_size_of_their_own_terms(rows, classes, tempe
 def test_soft_gradient_of_a_student_that_is_its_teacher_is_zero(shape, probabilities):
     logits, _, target = on_device(*problem(shape, probabilities=probabilities))
     for temperature in (2.0, 3.3):
-        _, gradient = step(wsl_loss, logits, logits, target, hard_weight=0.0, temperature=temperature)
+        _, gradient = step(
+            wsl_loss, logits, logits, target, hard_weight=0.0, temperature=temperature
+        )
         assert gradient.eq(0).all()
 
 
@@ -165,7 +186,9 @@ def test_mean_over_labels_that_are_not_ignored(shape):
 @pytest.mark.parametrize("size", [1025, 300_000])
 def test_many_labels_are_counted_in_parts(size):
     (target,) = on_device(torch.arange(size)[None] % 3 * 50 - 100)
-    mode, counted, share = _triton._count(torch.empty(1, 2, size, device=DEVICE), target, loss_module.Options())
+    mode, counted, share = _triton._count(
+        torch.empty(1, 2, size, device=DEVICE), target, loss_module.Options()
+    )
     assert (mode, share) == (2, 1.0)
     assert counted.sum() == (target != -100).sum()
 
@@ -175,7 +198,9 @@ def test_gradient_is_scaled_to_its_last_element():
         student, teacher, target = on_device(*problem(shape))
         _, expected = step(wsl_loss, student, teacher, target)
         factor = torch.tensor(-2.0, device=DEVICE)
-        torch.testing.assert_close(step(wsl_loss, student, teacher, target, upstream=factor)[1], -2 * expected)
+        torch.testing.assert_close(
+            step(wsl_loss, student, teacher, target, upstream=factor)[1], -2 * expected
+        )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -185,14 +210,18 @@ def test_every_option(reduction, kind, hard_weight, alpha):
     for shape in [(5,), (3, 6), (2, 6, 5)]:
         if shape == (5,) and kind == "ignored":
             continue
-        inputs = on_device(*problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored"))
+        inputs = on_device(
+            *problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored")
+        )
         assert_as_reference(*inputs, reduction=reduction, hard_weight=hard_weight, alpha=alpha)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_every_integer_target(dtype):
     student, teacher, target = on_device(*problem((3, 10)))
-    torch.testing.assert_close(wsl_loss(student, teacher, target.to(dtype)), wsl_loss(student, teacher, target))
+    torch.testing.assert_close(
+        wsl_loss(student, teacher, target.to(dtype)), wsl_loss(student, teacher, target)
+    )
 
 
 @pytest.mark.parametrize("layout", STRIDED)
@@ -200,9 +229,13 @@ def test_any_strides_and_the_teacher_has_its_own(layout):
     for shape in [(4, 7), (2, 5, 4, 6)]:
         student, teacher, target = on_device(*problem(shape))
         for other in ("sliced", "channels last"):
-            assert_as_reference(STRIDED[layout](student), STRIDED[other](teacher), target, reduction="none")
+            assert_as_reference(
+                STRIDED[layout](student), STRIDED[other](teacher), target, reduction="none"
+            )
         assert_as_reference(
-            teacher, STRIDED[layout](student), STRIDED[layout](problem(shape, probabilities=True)[2]).to(DEVICE)
+            teacher,
+            STRIDED[layout](student),
+            STRIDED[layout](problem(shape, probabilities=True)[2]).to(DEVICE),
         )
 
 
@@ -217,12 +250,16 @@ def test_weight_is_exact_for_memorising_teachers(classes):
     teacher = memorised(classes, margins, 7.3) + 0.3 * torch.randn(
         len(margins), classes, generator=torch.Generator().manual_seed(0)
     )
-    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(torch.tensor(1), classes)
+    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(
+        torch.tensor(1), classes
+    )
     target = torch.ones(len(margins), dtype=torch.long)
     expected = float64_weight(student, teacher, 1).to(DEVICE)
     student, teacher, target = on_device(student, teacher, target)
     for temperature in (2.0, 3.3):
-        assert (wsl_terms(student, teacher, target, temperature=temperature).weight - expected).abs().max() < 1e-6
+        assert (
+            wsl_terms(student, teacher, target, temperature=temperature).weight - expected
+        ).abs().max() < 1e-6
     probabilities = F.one_hot(target, classes).float()
     assert (wsl_terms(student, teacher, probabilities).weight - expected).abs().max() < 1e-6
 
@@ -234,7 +271,9 @@ def test_masked_classes(temperature, probabilities):
     teacher = torch.tensor([[1.0, -INF, 0], [1, 0.5, 0], [1, -INF, 0], [0, 0, 1], [-INF, 1, 0]])
     target = torch.tensor([0, 0, 1, 1, 1])
     label = F.one_hot(target, 3).float() if probabilities else target
-    assert_as_reference(*on_device(student, teacher, label), temperature=temperature, reduction="none")
+    assert_as_reference(
+        *on_device(student, teacher, label), temperature=temperature, reduction="none"
+    )
 
 
 def test_a_whole_tile_of_masked_classes():
@@ -306,7 +345,12 @@ def test_any_incoming_gradient_and_a_retained_graph(dtype, shape):
     upstream = torch.rand(target.shape, device=DEVICE)
     options = {"reduction": "none", "label_smoothing": 0.1}
     _, expected = step(
-        reference.wsl_loss, student.double(), teacher.double(), target, upstream=upstream.double(), **options
+        reference.wsl_loss,
+        student.double(),
+        teacher.double(),
+        target,
+        upstream=upstream.double(),
+        **options,
     )
     student.requires_grad_()
     loss = wsl_loss(student, teacher, target, **options)
@@ -318,7 +362,9 @@ def test_any_incoming_gradient_and_a_retained_graph(dtype, shape):
         )
         gradient.fill_(NAN)
     (ones,) = torch.autograd.grad(loss.sum(), student)
-    torch.testing.assert_close(ones, step(wsl_loss, student, teacher, target, **{**options, "reduction": "sum"})[1])
+    torch.testing.assert_close(
+        ones, step(wsl_loss, student, teacher, target, **{**options, "reduction": "sum"})[1]
+    )
 
 
 def test_float16_gradient_survives_a_gradient_scaler():
@@ -326,16 +372,22 @@ def test_float16_gradient_survives_a_gradient_scaler():
     student, target = on_device(student / 100, target)
     student[:, 0] += 12  # most gradients are 1e-8, far below float16 when divided by N
     _, exact = step(reference.wsl_loss, student.double(), student.double(), target)
-    _, gradient = step(wsl_loss, student, student, target, upstream=torch.tensor(65536.0, device=DEVICE))
+    _, gradient = step(
+        wsl_loss, student, student, target, upstream=torch.tensor(65536.0, device=DEVICE)
+    )
     assert ((gradient.double() / 65536 - exact).abs() <= 1e-3 * exact.abs() + 1e-12).all()
 
 
 def test_create_graph_and_func_grad():
     student, teacher, target = on_device(*problem((4, 5)))
     _, expected = step(wsl_loss, student, teacher, target)
-    torch.testing.assert_close(torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student), expected)
+    torch.testing.assert_close(
+        torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student), expected
+    )
     student.requires_grad_()
-    (gradient,) = torch.autograd.grad(wsl_loss(student, teacher, target), student, create_graph=True)
+    (gradient,) = torch.autograd.grad(
+        wsl_loss(student, teacher, target), student, create_graph=True
+    )
     torch.testing.assert_close(gradient, expected)
     with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
         gradient.sum().backward()
@@ -400,7 +452,9 @@ def test_nothing_is_read_back_to_the_host(probabilities, monkeypatch):
         wsl_terms(*inputs)
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"temperature": 4.0, "label_smoothing": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"reduction": "none"}, {"temperature": 4.0, "label_smoothing": 0.1}]
+)
 def test_second_launch_of_a_description_repeats_the_first(options, monkeypatch):
     """With new tensors, and without Triton's binding of names to places, so the places have to be right."""
     names = list(inspect.signature(_triton._forward_kernel.fn).parameters)
@@ -425,7 +479,10 @@ def test_second_launch_of_a_description_repeats_the_first(options, monkeypatch):
     for shape in [(8, 10), (5, 40)]:
         for probabilities in (False, True):
             first, second = (
-                [tensor.clone() for tensor in problem(shape, seed=seed, probabilities=probabilities)]
+                [
+                    tensor.clone()
+                    for tensor in problem(shape, seed=seed, probabilities=probabilities)
+                ]
                 for seed in range(2)
             )
             wsl_loss(*first, **options)

@@ -26,7 +26,9 @@ def problem(dtype=torch.float32, bias=True, rows=ROWS):
         "teacher_input": (rows, TEACHER_WIDTH),
         "teacher_weight": (CLASSES, TEACHER_WIDTH),
     } | ({"student_bias": (CLASSES,), "teacher_bias": (CLASSES,)} if bias else {})
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()
+    }
     target = torch.randint(CLASSES, (rows,), generator=generator)
     target[3:5] = -100
     return tensors | {"target": target}
@@ -34,17 +36,27 @@ def problem(dtype=torch.float32, bias=True, rows=ROWS):
 
 def exact(tensors, upstream=1.0, **options):
     """Loss and gradients of linear layers and the reference in float64, on the same numbers."""
-    leaf = {name: x.detach().double().requires_grad_() for name, x in tensors.items() if name in NAMES}
-    every = SimpleNamespace(**{name: x if name == "target" else x.double() for name, x in tensors.items()} | leaf)
-    student = F.linear(every.student_input, every.student_weight, getattr(every, "student_bias", None))
-    teacher = F.linear(every.teacher_input, every.teacher_weight, getattr(every, "teacher_bias", None))
+    leaf = {
+        name: x.detach().double().requires_grad_() for name, x in tensors.items() if name in NAMES
+    }
+    every = SimpleNamespace(
+        **{name: x if name == "target" else x.double() for name, x in tensors.items()} | leaf
+    )
+    student = F.linear(
+        every.student_input, every.student_weight, getattr(every, "student_bias", None)
+    )
+    teacher = F.linear(
+        every.teacher_input, every.teacher_weight, getattr(every, "teacher_bias", None)
+    )
     value = reference.wsl_loss(student, teacher, every.target, **options)
     (value * upstream).sum().backward()
     return value.detach(), {name: x.grad for name, x in leaf.items()}
 
 
 def found(tensors, upstream=1.0, function=linear_wsl_loss, **options):
-    leaf = {name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name in NAMES}
+    leaf = {
+        name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name in NAMES
+    }
     value = function(**tensors | leaf, **options)
     (value * upstream).sum().backward()
     return value.detach(), {name: x.grad for name, x in leaf.items()}
@@ -53,13 +65,17 @@ def found(tensors, upstream=1.0, function=linear_wsl_loss, **options):
 def assert_close(result, expected, dtype=torch.float32):
     """To what float32 costs, by the largest entry of each tensor, and the rounding of the result to its dtype."""
     budget = 1e-12 if dtype == torch.float64 else 5e-6
-    torch.testing.assert_close(result[0].double(), expected[0], rtol=budget, atol=budget, equal_nan=True)
+    torch.testing.assert_close(
+        result[0].double(), expected[0], rtol=budget, atol=budget, equal_nan=True
+    )
     assert result[1].keys() == expected[1].keys()
     for name, gradient in result[1].items():
         assert gradient.dtype == dtype
         largest = expected[1][name].abs().max().item()
         eps = torch.finfo(dtype).eps
-        torch.testing.assert_close(gradient.double(), expected[1][name], rtol=eps, atol=budget * largest)
+        torch.testing.assert_close(
+            gradient.double(), expected[1][name], rtol=eps, atol=budget * largest
+        )
 
 
 OPTIONS = [
@@ -91,11 +107,15 @@ def test_every_option_and_dtype(dtype, options, bias, monkeypatch):
 def test_inputs_of_any_shape():
     tensors = problem()
     expected = exact(tensors, reduction="none")
-    many = tensors | {name: tensors[name].unsqueeze(1) for name in ("student_input", "teacher_input", "target")}
+    many = tensors | {
+        name: tensors[name].unsqueeze(1) for name in ("student_input", "teacher_input", "target")
+    }
     value, gradients = found(many, reduction="none")
     assert value.shape == (ROWS, 1)
     assert gradients["student_input"].shape == (ROWS, 1, WIDTH)
-    assert_close((value[:, 0], gradients | {"student_input": gradients["student_input"][:, 0]}), expected)
+    assert_close(
+        (value[:, 0], gradients | {"student_input": gradients["student_input"][:, 0]}), expected
+    )
     one = {name: tensors[name][0] for name in ("student_input", "teacher_input", "target")}
     assert found(tensors | one)[1]["student_input"].shape == (WIDTH,)
 
@@ -125,7 +145,9 @@ def test_frozen_parameters_get_no_gradient_and_cost_none(frozen, monkeypatch):
 
 def test_teacher_gets_neither_graph_nor_gradient():
     tensors = problem()
-    teacher = {name: x.requires_grad_() for name, x in tensors.items() if name.startswith("teacher")}
+    teacher = {
+        name: x.requires_grad_() for name, x in tensors.items() if name.startswith("teacher")
+    }
     assert not linear_wsl_loss(**tensors).requires_grad
     found(tensors)
     assert all(x.grad is None for x in teacher.values())
@@ -169,7 +191,9 @@ def test_retained_graph_and_second_derivative(dtype, reduction):
     for factor in (1.0, 2.0, 1.0):
         gradients = torch.autograd.grad(factor * value, list(leaf.values()), retain_graph=True)
         _, expected = exact(tensors, factor, reduction=reduction)
-        assert_close((value.detach(), dict(zip(leaf, gradients))), (value.double(), expected), dtype)
+        assert_close(
+            (value.detach(), dict(zip(leaf, gradients))), (value.double(), expected), dtype
+        )
     (gradient,) = torch.autograd.grad(value, leaf["student_weight"], create_graph=True)
     with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
         gradient.float().square().sum().backward()
@@ -183,10 +207,14 @@ def test_half_precision_survives_a_gradient_scaler():
     _, gradients = found(tensors, 65536.0)
     error = (gradients["student_input"].double() / 65536 - expected["student_input"]).abs()
     exact_gradient = expected["student_input"].abs()
-    assert (error <= 2 * torch.finfo(torch.float16).eps * exact_gradient + 1e-6 * exact_gradient.max()).all()
+    assert (
+        error <= 2 * torch.finfo(torch.float16).eps * exact_gradient + 1e-6 * exact_gradient.max()
+    ).all()
 
 
-@pytest.mark.parametrize("function", [linear_wsl_loss, torch.compile(linear_wsl_loss, fullgraph=True)])
+@pytest.mark.parametrize(
+    "function", [linear_wsl_loss, torch.compile(linear_wsl_loss, fullgraph=True)]
+)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiled_and_eager_with_a_teacher_of_inference_mode(function, reduction):
     torch._dynamo.reset()
@@ -222,14 +250,19 @@ def test_mixed_dtypes_of_student_and_teacher():
 def test_operator_is_what_it_claims_to_be():
     tensors = problem()
     inputs = [
-        tensors[name].requires_grad_(name in NAMES) for name in ("student_input", "student_weight", "student_bias")
+        tensors[name].requires_grad_(name in NAMES)
+        for name in ("student_input", "student_weight", "student_bias")
     ]
-    inputs += [tensors[name] for name in ("teacher_input", "teacher_weight", "teacher_bias", "target")]
+    inputs += [
+        tensors[name] for name in ("teacher_input", "teacher_weight", "teacher_bias", "target")
+    ]
     options = (2.0, 2.5, 1.0, 0.0, -100)
     for reduction, upstream in (("mean", None), ("none", None), ("none", torch.ones(ROWS))):
         arguments = (*inputs, upstream, [True, True, False], None, 5, None, *options, reduction)
         utilities = ("test_schema", "test_faketensor")
-        torch.library.opcheck(torch.ops.weighted_soft_labels.linear_loss.default, arguments, test_utils=utilities)
+        torch.library.opcheck(
+            torch.ops.weighted_soft_labels.linear_loss.default, arguments, test_utils=utilities
+        )
 
 
 # --- recipes ---
@@ -242,7 +275,9 @@ def test_padded_vocabulary_is_sliced():
     bias = F.pad(tensors["student_bias"], (0, 14), value=9.0)
     sliced = {"student_weight": padded[:CLASSES], "student_bias": bias[:CLASSES]}
     linear_wsl_loss(**tensors | sliced).backward()
-    torch.testing.assert_close(padded.grad[:CLASSES].double(), expected[1]["student_weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        padded.grad[:CLASSES].double(), expected[1]["student_weight"], rtol=1e-4, atol=1e-6
+    )
     assert padded.grad[CLASSES:].eq(0).all()
 
 
@@ -253,8 +288,12 @@ def test_accumulation_over_a_global_token_count():
     tokens = (tensors["target"] != -100).sum()
     for part in (slice(0, 5), slice(5, ROWS)):  # with 3 and 8 tokens that are not ignored
         rows = {name: tensors[name][part] for name in ("student_input", "teacher_input", "target")}
-        (linear_wsl_loss(**tensors | rows | {"student_weight": weight}, reduction="sum") / tokens).backward()
-    torch.testing.assert_close(weight.grad.double(), expected["student_weight"], rtol=1e-4, atol=1e-6)
+        (
+            linear_wsl_loss(**tensors | rows | {"student_weight": weight}, reduction="sum") / tokens
+        ).backward()
+    torch.testing.assert_close(
+        weight.grad.double(), expected["student_weight"], rtol=1e-4, atol=1e-6
+    )
 
 
 # --- errors ---
@@ -295,7 +334,9 @@ def test_same_implementation_as_the_loss(monkeypatch):
     """Whatever is chosen for the logits of a chunk."""
     chosen = []
     original = loss.implementation
-    monkeypatch.setattr(loss, "implementation", lambda s, t: chosen.append((s.shape, s.dtype)) or original(s, t))
+    monkeypatch.setattr(
+        loss, "implementation", lambda s, t: chosen.append((s.shape, s.dtype)) or original(s, t)
+    )
     with torch.no_grad():
         linear_wsl_loss(**problem(torch.bfloat16), chunk_size=8)
     assert chosen == [((8, CLASSES), torch.float32), ((5, CLASSES), torch.float32)]
@@ -308,5 +349,7 @@ def test_as_the_last_layer_of_a_module():
     layers |= {"teacher_weight": teacher.weight, "teacher_bias": teacher.bias}
     linear_wsl_loss(**tensors | layers).backward()
     _, expected = exact({name: x.detach() for name, x in (tensors | layers).items()})
-    torch.testing.assert_close(student.weight.grad.double(), expected["student_weight"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        student.weight.grad.double(), expected["student_weight"], rtol=1e-4, atol=1e-6
+    )
     assert teacher.weight.grad is None

@@ -41,7 +41,11 @@ def problem(shape, *, seed=0, scale=3.0, dtype=torch.float32, probabilities=Fals
 def test_float64_gradient_beside_ignored_elements_keeps_its_digits(reduction):
     """A scale of bools times a Python float would be float32."""
     student, teacher, target = problem((30, 7), dtype=torch.float64, ignored=True)
-    upstream = torch.linspace(0.1, 1.7, 30, dtype=torch.float64) if reduction == "none" else torch.tensor(0.7).double()
+    upstream = (
+        torch.linspace(0.1, 1.7, 30, dtype=torch.float64)
+        if reduction == "none"
+        else torch.tensor(0.7).double()
+    )
     found, expected = (
         step(loss, student, teacher, target, upstream=upstream, reduction=reduction)[1]
         for loss in (wsl_loss, reference.wsl_loss)
@@ -60,7 +64,8 @@ def test_every_shape_and_temperature(shape, temperature, probabilities):
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
 @pytest.mark.parametrize("shape", [(8, 10), (3, 6, 5)])
 @pytest.mark.parametrize(
-    ("hard_weight", "alpha", "label_smoothing"), [(1, 2.5, 0.1), (0.0, 1.0, 0.0), (0.5, 0, 0.0), (2.0, 2.25, 1.0)]
+    ("hard_weight", "alpha", "label_smoothing"),
+    [(1, 2.5, 0.1), (0.0, 1.0, 0.0), (0.5, 0, 0.0), (2.0, 2.25, 1.0)],
 )
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_every_option(reduction, kind, shape, hard_weight, alpha, label_smoothing, temperature):
@@ -76,7 +81,9 @@ def test_every_option(reduction, kind, shape, hard_weight, alpha, label_smoothin
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_every_dtype_and_mixture(dtype, teacher_dtype, probabilities):
     student, teacher, target = problem((6, 33), probabilities=probabilities)
@@ -94,7 +101,9 @@ def test_uint8_target_is_not_taken_for_the_default_ignore_index():
     student, teacher, _ = problem((2, 200))
     target = torch.tensor([156, 3], dtype=torch.uint8)  # 156 is -100 in 8 bits
     assert_as_reference(student, teacher, target.long())
-    torch.testing.assert_close(wsl_loss(student, teacher, target), wsl_loss(student, teacher, target.long()))
+    torch.testing.assert_close(
+        wsl_loss(student, teacher, target), wsl_loss(student, teacher, target.long())
+    )
 
 
 @pytest.mark.parametrize("shape", [(7, 10), (3, 5, 40), (2, 3, 7, 11), (5, 100)])
@@ -112,7 +121,9 @@ STRIDED = {
     "sliced": lambda x: F.pad(x, (2, 3))[..., 2:-3],
     "every other": lambda x: x.repeat_interleave(2, 0)[::2],
     "expanded": lambda x: x[:1].expand_as(x),
-    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.clone(),
+    "channels last": lambda x: (
+        x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x.clone()
+    ),
     "permuted pixels": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
 }
 
@@ -124,7 +135,9 @@ def test_any_strides_of_either_set_of_logits(student_layout, teacher_layout):
         student, teacher, target = problem(shape)
         student, teacher = STRIDED[student_layout](student), STRIDED[teacher_layout](teacher)
         assert_as_reference(student, teacher, target, reduction="none")
-        assert_as_reference(student, teacher, STRIDED[student_layout](problem(shape, probabilities=True)[2]))
+        assert_as_reference(
+            student, teacher, STRIDED[student_layout](problem(shape, probabilities=True)[2])
+        )
 
 
 @pytest.mark.parametrize("classes", [2, 3, 128, 1025, 32000, 300_000])
@@ -161,9 +174,13 @@ def test_weight_is_exact_for_memorising_teachers(classes, offset):
     if classes > 1000:
         margins = margins[::16]
     generator = torch.Generator().manual_seed(0)
-    teacher = memorised(classes, margins, offset) + 0.3 * torch.randn(len(margins), classes, generator=generator)
+    teacher = memorised(classes, margins, offset) + 0.3 * torch.randn(
+        len(margins), classes, generator=generator
+    )
     # Students that are as good as the teacher, or nearly, so that the weight is anywhere between 0 and 1.
-    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(torch.tensor(1), classes)
+    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(
+        torch.tensor(1), classes
+    )
     target = torch.ones(len(margins), dtype=torch.long)
     expected = float64_weight(student, teacher, 1)
     for label in (target, F.one_hot(target, classes).float()):
@@ -172,7 +189,15 @@ def test_weight_is_exact_for_memorising_teachers(classes, offset):
     # The loss has the same weight: with hard_weight=0 it is weight * soft * alpha * T^2.
     for temperature in (1.0, 2.0, 4.0):
         soft = wsl_terms(student.double(), teacher.double(), target, temperature=temperature).soft
-        loss = wsl_loss(student, teacher, target, hard_weight=0, alpha=1, temperature=temperature, reduction="none")
+        loss = wsl_loss(
+            student,
+            teacher,
+            target,
+            hard_weight=0,
+            alpha=1,
+            temperature=temperature,
+            reduction="none",
+        )
         exact = temperature**2 * expected * soft
         assert ((loss - exact).abs() <= temperature**2 * (1e-6 * soft + 2e-7) + 3e-6 * exact).all()
 
@@ -182,7 +207,9 @@ def test_official_float32_weight_is_off_where_ours_is_not():
     teacher, target = memorised(100, margins), torch.ones(201, dtype=torch.long)
     student = teacher.clone()
     student[:, 1] -= 0.5
-    student_ce, teacher_ce = (F.cross_entropy(x, target, reduction="none") for x in (student, teacher))
+    student_ce, teacher_ce = (
+        F.cross_entropy(x, target, reduction="none") for x in (student, teacher)
+    )
     official = 1 - torch.exp(-torch.clamp(student_ce / (teacher_ce + 1e-7), min=0))
     expected = float64_weight(student, teacher, 1)
     assert (official - expected).abs().max() > 0.1  # as the README says
@@ -195,7 +222,9 @@ def test_error_is_within_that_of_eager_float32(temperature):
     exact, exact_gradient = step(
         reference.wsl_loss, student.double(), teacher.double(), target, temperature=temperature
     )
-    eager, eager_gradient = step(reference.wsl_loss, student, teacher, target, temperature=temperature)
+    eager, eager_gradient = step(
+        reference.wsl_loss, student, teacher, target, temperature=temperature
+    )
     ours, our_gradient = step(wsl_loss, student, teacher, target, temperature=temperature)
     assert (ours - exact).abs() <= (eager - exact).abs() + 2e-7 * exact
     error, allowed = (our_gradient - exact_gradient).abs(), (eager_gradient - exact_gradient).abs()
@@ -243,9 +272,15 @@ def test_large_logits_do_not_overflow(temperature):
         (1e30, torch.bfloat16),
         (300.0, torch.float32),
     ):
-        student = torch.tensor([[magnitude, -magnitude, 0], [0, magnitude, 0], [0, 0, -magnitude]], dtype=dtype)
-        teacher = torch.tensor([[magnitude, 0, 0], [magnitude / 2, magnitude, 0], [-magnitude, 0, 0]], dtype=dtype)
-        assert_as_reference(student, teacher, torch.tensor([0, 1, 1]), temperature=temperature, reduction="none")
+        student = torch.tensor(
+            [[magnitude, -magnitude, 0], [0, magnitude, 0], [0, 0, -magnitude]], dtype=dtype
+        )
+        teacher = torch.tensor(
+            [[magnitude, 0, 0], [magnitude / 2, magnitude, 0], [-magnitude, 0, 0]], dtype=dtype
+        )
+        assert_as_reference(
+            student, teacher, torch.tensor([0, 1, 1]), temperature=temperature, reduction="none"
+        )
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -256,7 +291,9 @@ def test_masked_classes(probabilities, temperature):
     teacher = torch.tensor([[1.0, -INF, 0], [1, 0.5, 0], [1, -INF, 0], [0, 0, 1], [-INF, 1, 0]])
     target = torch.tensor([0, 0, 1, 1, 1])
     label = F.one_hot(target, 3).float() if probabilities else target
-    loss, gradient = step(wsl_loss, student, teacher, label, temperature=temperature, reduction="none")
+    loss, gradient = step(
+        wsl_loss, student, teacher, label, temperature=temperature, reduction="none"
+    )
     assert loss.isinf().tolist() == [False, True, True, True, False]
     assert not loss.isnan().any()
     assert gradient[0, 1] == 0
@@ -265,7 +302,9 @@ def test_masked_classes(probabilities, temperature):
 
 
 def test_infinite_soft_term_of_weight_zero_is_infinite():
-    loss, gradient = step(wsl_loss, torch.tensor([[0.0, -INF]]), torch.zeros(1, 2), torch.tensor([0]))
+    loss, gradient = step(
+        wsl_loss, torch.tensor([[0.0, -INF]]), torch.zeros(1, 2), torch.tensor([0])
+    )
     assert loss == INF
     assert gradient.eq(0).all()
 
@@ -273,7 +312,9 @@ def test_infinite_soft_term_of_weight_zero_is_infinite():
 def test_label_free_terms_are_left_out_not_multiplied_by_zero():
     student, target = torch.tensor([[0.0, -INF]]), torch.tensor([1])
     assert wsl_loss(student, student, target, hard_weight=0.0, alpha=1.0).isfinite()
-    assert wsl_loss(torch.tensor([[0.0, -INF]]), torch.zeros(1, 2), torch.tensor([0]), alpha=0.0) == 0
+    assert (
+        wsl_loss(torch.tensor([[0.0, -INF]]), torch.zeros(1, 2), torch.tensor([0]), alpha=0.0) == 0
+    )
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
@@ -352,7 +393,9 @@ def test_gradient_is_that_of_the_loss_with_frozen_weight(temperature, probabilit
 
     def frozen(student):
         hard = F.cross_entropy(student, target, label_smoothing=0.1, reduction="none")
-        soft = F.cross_entropy(student / temperature, (teacher / temperature).softmax(1), reduction="none")
+        soft = F.cross_entropy(
+            student / temperature, (teacher / temperature).softmax(1), reduction="none"
+        )
         return (hard + 2.5 * temperature**2 * weight * soft).mean()
 
     student.requires_grad_()
@@ -360,7 +403,9 @@ def test_gradient_is_that_of_the_loss_with_frozen_weight(temperature, probabilit
     (expected,) = torch.autograd.grad(frozen(student), student)
     loss = wsl_loss(student, teacher, target, temperature=temperature, label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)  # the weight above came back in float32
+    torch.testing.assert_close(
+        gradient, expected, rtol=1e-5, atol=1e-7
+    )  # the weight above came back in float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -390,13 +435,20 @@ def test_accumulation_and_two_uses_of_one_loss():
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_incoming_gradient_of_every_element(kind, dtype):
-    inputs = problem((4, 5, 6), probabilities=kind == "probabilities", ignored=kind == "ignored", dtype=dtype)
+    inputs = problem(
+        (4, 5, 6), probabilities=kind == "probabilities", ignored=kind == "ignored", dtype=dtype
+    )
     upstream = torch.randn(4, 6).abs()
     _, gradient = step(wsl_loss, *inputs, reduction="none", upstream=upstream)
     student, teacher, target = inputs
     exact = target.double() if target.is_floating_point() else target
     _, expected = step(
-        reference.wsl_loss, student.double(), teacher.double(), exact, reduction="none", upstream=upstream.double()
+        reference.wsl_loss,
+        student.double(),
+        teacher.double(),
+        exact,
+        reduction="none",
+        upstream=upstream.double(),
     )
     rtol = 2e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(gradient.double(), expected, rtol=rtol, atol=rtol * 1e-2)
@@ -407,12 +459,17 @@ def test_expanded_upstream_gradient():
     student, teacher, target = problem((4, 5, 6))
     student.requires_grad_()
     wsl_loss(student, teacher, target, reduction="none").sum().backward()
-    torch.testing.assert_close(student.grad, step(wsl_loss, student, teacher, target, reduction="sum")[1])
+    torch.testing.assert_close(
+        student.grad, step(wsl_loss, student, teacher, target, reduction="sum")[1]
+    )
 
 
 def test_float16_gradient_survives_a_gradient_scaler():
     student, teacher, target = problem((4096, 10), dtype=torch.float16, scale=0.01)
-    student, teacher = student / 100, student / 100  # equal up to nothing: gradients of 1e-5 and less a row
+    student, teacher = (
+        student / 100,
+        student / 100,
+    )  # equal up to nothing: gradients of 1e-5 and less a row
     _, exact = step(reference.wsl_loss, student.double(), teacher.double(), target)
     _, gradient = step(wsl_loss, student, teacher, target, upstream=torch.tensor(65536.0))
     assert ((gradient.double() / 65536 - exact).abs() <= 1e-3 * exact.abs()).all()
@@ -432,11 +489,15 @@ def test_create_graph_gives_the_gradient_and_refuses_the_second_derivative():
 def test_func_grad_and_func_vjp():
     student, teacher, target = problem((4, 5))
     _, expected = step(wsl_loss, student, teacher, target)
-    torch.testing.assert_close(torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student), expected)
+    torch.testing.assert_close(
+        torch.func.grad(lambda s: wsl_loss(s, teacher, target))(student), expected
+    )
     _, pullback = torch.func.vjp(lambda s: wsl_loss(s, teacher, target), student)
     torch.testing.assert_close(pullback(torch.tensor(2.0))[0], 2 * expected)
     with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
-        torch.func.grad(lambda s: torch.func.grad(lambda s: wsl_loss(s, teacher, target))(s).sum())(student)
+        torch.func.grad(lambda s: torch.func.grad(lambda s: wsl_loss(s, teacher, target))(s).sum())(
+            student
+        )
 
 
 def test_teacher_and_target_are_constants_without_a_graph():
@@ -502,7 +563,9 @@ def rows(draw):
     n, classes = draw(st.integers(1, 5)), draw(st.integers(2, 40))
     # Students and teachers from indifferent to confident beyond float32.
     student, teacher, target = problem(
-        (n, classes), seed=draw(st.integers(0, 2**31)), scale=draw(st.sampled_from([0.01, 1, 5, 30]))
+        (n, classes),
+        seed=draw(st.integers(0, 2**31)),
+        scale=draw(st.sampled_from([0.01, 1, 5, 30])),
     )
     temperature = draw(st.sampled_from([1.0, 2.0, 4.0]) | st.floats(0.5, 20))
     return student, teacher, target, temperature
@@ -515,8 +578,12 @@ def test_adding_a_constant_to_a_row_changes_nothing(case, constant):
     # Halves survive the addition without rounding, so the shifted problem is the same one.
     student, teacher = (student * 8).round() / 8, (teacher * 8).round() / 8
     expected = step(wsl_loss, student, teacher, target, temperature=temperature)
-    torch.testing.assert_close(step(wsl_loss, student + constant, teacher, target, temperature=temperature), expected)
-    torch.testing.assert_close(step(wsl_loss, student, teacher + constant, target, temperature=temperature), expected)
+    torch.testing.assert_close(
+        step(wsl_loss, student + constant, teacher, target, temperature=temperature), expected
+    )
+    torch.testing.assert_close(
+        step(wsl_loss, student, teacher + constant, target, temperature=temperature), expected
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -528,7 +595,11 @@ def test_renaming_the_classes_renames_the_gradient(case, random):
     order = torch.tensor(order)
     loss, gradient = step(wsl_loss, student, teacher, target, temperature=temperature)
     renamed, renamed_gradient = step(
-        wsl_loss, student[:, order], teacher[:, order], order.argsort()[target], temperature=temperature
+        wsl_loss,
+        student[:, order],
+        teacher[:, order],
+        order.argsort()[target],
+        temperature=temperature,
     )
     torch.testing.assert_close(renamed, loss)
     torch.testing.assert_close(renamed_gradient, gradient[:, order], rtol=1e-4, atol=1e-5)
@@ -539,7 +610,13 @@ def test_renaming_the_classes_renames_the_gradient(case, random):
 def test_gradient_rows_sum_to_zero(case, label_smoothing):
     student, teacher, target, temperature = case
     _, gradient = step(
-        wsl_loss, student, teacher, target, temperature=temperature, label_smoothing=label_smoothing, reduction="sum"
+        wsl_loss,
+        student,
+        teacher,
+        target,
+        temperature=temperature,
+        label_smoothing=label_smoothing,
+        reduction="sum",
     )
     scale = gradient.abs().sum(1).clamp(min=1)
     assert (gradient.double().sum(1).abs() <= 1e-5 * scale).all()
@@ -551,7 +628,9 @@ def test_a_student_that_equals_its_teacher_has_weight_1_minus_1_over_e(case):
     student, _, target, temperature = case
     terms = wsl_terms(student, student, target, temperature=temperature)
     ce = terms.teacher_ce.double()
-    torch.testing.assert_close(terms.weight.double(), -torch.expm1(-ce / (ce + 1e-7)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        terms.weight.double(), -torch.expm1(-ce / (ce + 1e-7)), rtol=0, atol=1e-6
+    )
     assert (terms.weight[terms.teacher_ce > 1] - (1 - 1 / math.e)).abs().le(1e-6).all()
 
 
@@ -587,7 +666,8 @@ def test_terms_are_what_the_loss_is_made_of(case):
 def test_sum_is_n_times_mean_and_none_adds_up_to_it(case):
     student, teacher, target, temperature = case
     mean, total, each = (
-        wsl_loss(student, teacher, target, temperature=temperature, reduction=r) for r in ("mean", "sum", "none")
+        wsl_loss(student, teacher, target, temperature=temperature, reduction=r)
+        for r in ("mean", "sum", "none")
     )
     torch.testing.assert_close(total, mean * len(target), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(total, each.sum(), rtol=1e-5, atol=1e-5)
@@ -597,7 +677,10 @@ def test_sum_is_n_times_mean_and_none_adds_up_to_it(case):
 @given(st.integers(0, 2**31), st.booleans())
 def test_trailing_dimensions_are_more_rows(seed, probabilities):
     student, teacher, target = problem((2, 6, 3, 2), seed=seed, probabilities=probabilities)
-    flat = [x.movedim(1, -1).reshape(-1, 6) if x.dim() == 4 else x.reshape(-1) for x in (student, teacher, target)]
+    flat = [
+        x.movedim(1, -1).reshape(-1, 6) if x.dim() == 4 else x.reshape(-1)
+        for x in (student, teacher, target)
+    ]
     loss, gradient = step(wsl_loss, student, teacher, target)
     flat_loss, flat_gradient = step(wsl_loss, *flat)
     torch.testing.assert_close(loss, flat_loss)
@@ -609,7 +692,13 @@ def test_trailing_dimensions_are_more_rows(seed, probabilities):
 
 def test_module_is_the_function():
     student, teacher, target = problem((6, 10), ignored=True)
-    options = {"temperature": 4.0, "alpha": 2.25, "hard_weight": 0.5, "label_smoothing": 0.1, "reduction": "sum"}
+    options = {
+        "temperature": 4.0,
+        "alpha": 2.25,
+        "hard_weight": 0.5,
+        "label_smoothing": 0.1,
+        "reduction": "sum",
+    }
     criterion = WSLLoss(**options)
     assert criterion(student, teacher, target) == wsl_loss(student, teacher, target, **options)
     for twin in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):

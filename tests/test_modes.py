@@ -96,7 +96,9 @@ def alive_after(forward):
     before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
     kept = forward()
     gc.collect()
-    alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before]
+    alive = [
+        x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before
+    ]
     return kept, max((x.numel() for x in alive), default=0)
 
 
@@ -117,7 +119,9 @@ def test_what_is_kept_for_backward_is_seen_by_hooks(dtype, reduction):
     later = dtype == torch.float16 or reduction == "none"
     assert sorted(packed, reverse=True)[: 2 if later else 1] == [2000] * (2 if later else 1)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: None):
-        loss, largest = alive_after(lambda: wsl_loss(student, teacher, target, reduction=reduction).sum())
+        loss, largest = alive_after(
+            lambda: wsl_loss(student, teacher, target, reduction=reduction).sum()
+        )
     assert loss.requires_grad
     assert largest < 2000
 
@@ -125,7 +129,9 @@ def test_what_is_kept_for_backward_is_seen_by_hooks(dtype, reduction):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant):
     def run(student, teacher, target):
-        return checkpoint(lambda s: wsl_loss(s * 1, teacher, target), student, use_reentrant=use_reentrant)
+        return checkpoint(
+            lambda s: wsl_loss(s * 1, teacher, target), student, use_reentrant=use_reentrant
+        )
 
     torch.testing.assert_close(step(run, STUDENT, TEACHER, TARGET), EXPECTED)
 
@@ -196,7 +202,9 @@ def test_compiled_loss_and_terms_are_exact(compiled):
     target = torch.ones(57, dtype=torch.long)
     options = {"hard_weight": 0.0, "alpha": 1.0, "temperature": 1.0, "reduction": "none"}
     for eager in (lambda *a: wsl_loss(*a, **options), lambda *a: wsl_terms(*a).weight):
-        assert torch.equal(compiled(eager)(student, teacher, target), eager(student, teacher, target))
+        assert torch.equal(
+            compiled(eager)(student, teacher, target), eager(student, teacher, target)
+        )
 
 
 @pytest.mark.parametrize("index", [10, -1, 2**40])
@@ -236,7 +244,9 @@ def test_options_are_whatever_is_a_number(compiled, options):
     criterion = WSLLoss(**options)  # holds plain numbers, which the compiler knows
     torch.testing.assert_close(step(compiled(criterion), STUDENT, TEACHER, TARGET), EXPECTED)
     try:
-        found = step(compiled(lambda *inputs: wsl_loss(*inputs, **options)), STUDENT, TEACHER, TARGET)
+        found = step(
+            compiled(lambda *inputs: wsl_loss(*inputs, **options)), STUDENT, TEACHER, TARGET
+        )
     except Exception as error:
         assert "in compiled code" in str(error) or OLD  # noqa: PT017 (2.7's compiler gives up before the message)
     else:
@@ -262,7 +272,9 @@ def test_exported_module_trains(strict, grad_enabled):
 def test_make_fx_records_the_operator(options):
     student = STUDENT.clone().requires_grad_()
     traced = make_fx(lambda *inputs: wsl_loss(*inputs), **options)(student, TEACHER, TARGET)
-    assert any(node.target is torch.ops.weighted_soft_labels.forward.default for node in traced.graph.nodes)
+    assert any(
+        node.target is torch.ops.weighted_soft_labels.forward.default for node in traced.graph.nodes
+    )
     torch.testing.assert_close(step(traced, STUDENT, TEACHER, TARGET), EXPECTED)
     if "pre_dispatch" not in options:
         both = make_fx(lambda *inputs: torch.autograd.grad(wsl_loss(*inputs), inputs[0]), **options)
@@ -305,8 +317,12 @@ def test_operators_are_what_they_claim_to_be(layout):
     for reduction in ("mean", "none"):
         upstream = torch.ones(target.shape if reduction == "none" else ())
         for ahead in (False, True):
-            torch.library.opcheck(operators.forward.default, (student, student, target, ahead, *options, reduction))
-        torch.library.opcheck(operators.backward.default, (student, student, target, upstream, *options, reduction))
+            torch.library.opcheck(
+                operators.forward.default, (student, student, target, ahead, *options, reduction)
+            )
+        torch.library.opcheck(
+            operators.backward.default, (student, student, target, upstream, *options, reduction)
+        )
     torch.library.opcheck(operators.terms.default, (student, student, target, 2.0, -100))
 
 
@@ -340,7 +356,9 @@ def test_second_derivative_is_refused(options):
     for differentiate in (lambda x: x.backward(), lambda x: torch.autograd.grad(x, student)):
         with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
             differentiate(gradient.square().sum())
-        (gradient,) = torch.autograd.grad(wsl_loss(student, TEACHER, TARGET), student, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            wsl_loss(student, TEACHER, TARGET), student, create_graph=True
+        )
 
 
 def test_compiled_func_grad_is_refused(compiled):
@@ -355,7 +373,9 @@ def test_compiled_func_grad_is_refused(compiled):
 
 def in_processes(function, world, tmp_path):
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=function, args=(rank, world, str(tmp_path))) for rank in range(world)]
+    processes = [
+        context.Process(target=function, args=(rank, world, str(tmp_path))) for rank in range(world)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -366,7 +386,9 @@ def in_processes(function, world, tmp_path):
 def joined(rank, world, folder):
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
 
 
 def shards_agree_with_one_process(rank, world, folder):

@@ -63,7 +63,9 @@ def problem(seed, shape, dtype=torch.float32):
             x[:, choose.randrange(shape[1])] += 10 ** choose.uniform(-3, 3)
         x = x.round() if choose.random() < 0.2 else x
         if choose.random() < 0.2 and x.numel():
-            x.view(-1)[torch.randint(x.numel(), (3,), generator=generator)] = choose.choice([-INF, INF, NAN])
+            x.view(-1)[torch.randint(x.numel(), (3,), generator=generator)] = choose.choice(
+                [-INF, INF, NAN]
+            )
         logits.append(x.to(dtype))
     if choose.random() < 0.2:
         logits[1] = logits[0].clone()
@@ -102,21 +104,32 @@ def test_any_problem_in_any_layout_is_as_the_reference(layout, dtype):
         others = {"rows": "pixels", "pixels": "rows", "neither": "rows"}
         student, _ = laid_out(student, layout)
         teacher, _ = laid_out(teacher, layout if seed % 3 else others[layout])
-        gradient, memory = laid_out(torch.full(shape, NAN, dtype=dtype), layout if seed % 5 else others[layout])
+        gradient, memory = laid_out(
+            torch.full(shape, NAN, dtype=dtype), layout if seed % 5 else others[layout]
+        )
         loss = _native.forward(student, teacher, target, options, None)
         _native.backward(student, teacher, target, upstream, options, gradient)
 
         context = (seed, shape, options)
-        tolerance = 4e-6 * (rows.abs() if options.reduction == "none" else rows.abs().sum()).nan_to_num() + 1e-6
+        tolerance = (
+            4e-6 * (rows.abs() if options.reduction == "none" else rows.abs().sum()).nan_to_num()
+            + 1e-6
+        )
         assert loss.dtype == torch.float32
         # float32 calls 0 what float64 does not: a class that the student rules out has no mass then.
         same = (loss.double() - expected).abs() <= tolerance
-        assert (same | (loss == expected) | (loss.isnan() & expected.isnan()) | expected.isinf()).all(), context
+        assert (
+            same | (loss == expected) | (loss.isnan() & expected.isnan()) | expected.isinf()
+        ).all(), context
         found, error = gradient.double(), (gradient.double() - expected_gradient).abs()
-        scale = upstream.abs() * (1.0 if options.reduction != "mean" else 1 / max(1, (rows != 0).sum().item()))
+        scale = upstream.abs() * (
+            1.0 if options.reduction != "mean" else 1 / max(1, (rows != 0).sum().item())
+        )
         terms = options.hard_weight + 2 * options.alpha * options.temperature
         tolerance = (
-            ROUNDING[dtype] * expected_gradient.abs() + 2e-6 * (scale * terms).expand(rows.shape)[:, None] + 1e-7
+            ROUNDING[dtype] * expected_gradient.abs()
+            + 2e-6 * (scale * terms).expand(rows.shape)[:, None]
+            + 1e-7
         )
         finite = rows.isfinite()[:, None] & expected_gradient.isfinite()
         assert ((error <= tolerance) | ~finite | (found.abs() >= 6e4)).all(), context
@@ -136,7 +149,9 @@ def step(student, teacher, target, options):
 @pytest.mark.parametrize("layout", ["rows", "pixels"])
 def test_same_bits_for_any_number_of_threads(layout):
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (laid_out(torch.randn(2, 50, 3001, generator=generator), layout)[0] for _ in range(2))
+    student, teacher = (
+        laid_out(torch.randn(2, 50, 3001, generator=generator), layout)[0] for _ in range(2)
+    )
     target = torch.randint(50, (2, 3001), generator=generator)
     threads = torch.get_num_threads()
     found = []
@@ -174,7 +189,9 @@ def test_one_odd_row_costs_its_neighbours_nothing():
         assert torch.equal(odd_gradient[..., others], gradient[..., others])
         expected = _eager.forward(changed, teacher, target, each, None)
         assert torch.equal(odd_loss[0, 17], expected[0, 17]) or expected[0, 17].isnan()
-        assert math.isnan(step(changed, teacher, target, options)[0]) == bool(expected.isnan().any())
+        assert math.isnan(step(changed, teacher, target, options)[0]) == bool(
+            expected.isnan().any()
+        )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
@@ -204,19 +221,29 @@ def test_misaligned_and_expanded_inputs():
 
     found = step(*(misaligned(x).t()[None] for x in plain), misaligned(target)[None], Options())
     assert all(torch.equal(*pair) for pair in zip(found, expected))
-    for expanded in (plain[0][:1].expand(6, 21), plain[0][:, :1].expand(6, 21), plain[0][:1, :1].expand(6, 21)):
+    for expanded in (
+        plain[0][:1].expand(6, 21),
+        plain[0][:, :1].expand(6, 21),
+        plain[0][:1, :1].expand(6, 21),
+    ):
         copied = [x.contiguous().t()[None] for x in (expanded, plain[1])]
         gradient = torch.empty(1, 21, 6)
-        loss = _native.forward(expanded.t()[None], copied[1], target[:1].expand(1, 6), Options(), gradient)
+        loss = _native.forward(
+            expanded.t()[None], copied[1], target[:1].expand(1, 6), Options(), gradient
+        )
         other = torch.empty(1, 21, 6)
-        torch.testing.assert_close(loss, _native.forward(*copied, target[:1].expand(1, 6), Options(), other))
+        torch.testing.assert_close(
+            loss, _native.forward(*copied, target[:1].expand(1, 6), Options(), other)
+        )
         torch.testing.assert_close(gradient, other)
 
 
 def test_an_index_that_names_no_class_is_an_error_before_anything_is_written():
     student, gradient = rows_of(torch.zeros(1, 5, 3)), torch.full((1, 5, 3), GUARD)
     for wrong in (5, -1, 2**40):
-        with pytest.raises(IndexError, match=rf"class indices in \[0, 5\) or ignore_index \(-100\), got {wrong}"):
+        with pytest.raises(
+            IndexError, match=rf"class indices in \[0, 5\) or ignore_index \(-100\), got {wrong}"
+        ):
             _native.forward(student, student, torch.tensor([[1, wrong, -100]]), Options(), gradient)
     assert (gradient == GUARD).all()
 
@@ -231,7 +258,9 @@ def test_python_threads_do_not_meet():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.parametrize(("before", "threads", "rows"), [(False, 2, 4096), (True, 1, 4096), (True, 2, 16)])
+@pytest.mark.parametrize(
+    ("before", "threads", "rows"), [(False, 2, 4096), (True, 1, 4096), (True, 2, 16)]
+)
 def test_forked_children_go_on(before, threads, rows):
     """As after torch.softmax: a child may use threads if its parent had not yet, and one thread in any case."""
     code = f"""

@@ -52,4 +52,7 @@ def test_implementations_do_not_import_one_another():
     for name in ("_eager", "_triton", "reference"):
         lines = (package / f"{name}.py").read_text().splitlines()
         imports = [line for line in lines if "import" in line and "weighted_soft_labels" in line]
-        assert imports in ([], ["    from weighted_soft_labels.loss import Options"]), (name, imports)  # a type
+        assert imports in ([], ["    from weighted_soft_labels.loss import Options"]), (
+            name,
+            imports,
+        )  # a type

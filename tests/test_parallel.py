@@ -36,7 +36,9 @@ def logits_of(dtype):
     target = torch.randint(50, (ROWS,), generator=generator)
     target[3:5] = -100
     student[3], teacher[4] = torch.nan, torch.inf
-    student[5, :13] = teacher[5, :13] = -torch.inf  # a whole shard is masked, in three processes the first two
+    student[5, :13] = teacher[
+        5, :13
+    ] = -torch.inf  # a whole shard is masked, in three processes the first two
     student[5, 13:31] = teacher[5, 13:31] = -torch.inf
     target[5] = 40
     for row in (6, 7, 8):  # sure of the label, both of another class, and both where nobody else is
@@ -55,19 +57,33 @@ def step(function, student, *others, **options):
 def sharded_logits(rank, world, group, shard):
     for dtype in FLOATS:
         student, teacher, target = logits_of(dtype)
-        budget = 1e-10 if dtype == torch.float64 else 4e-6  # the reference itself loses digits where models are sure
+        budget = (
+            1e-10 if dtype == torch.float64 else 4e-6
+        )  # the reference itself loses digits where models are sure
         for options in OPTIONS:
             if options.get("label_smoothing"):
                 student[5] = teacher[5] = 0.0  # a masked class makes the smoothed loss infinite
-            value, gradient = step(reference.wsl_loss, student.double(), teacher.double(), target, **options)
-            found = step(vocab_parallel_wsl_loss, student[:, shard], teacher[:, shard], target, group=group, **options)
+            value, gradient = step(
+                reference.wsl_loss, student.double(), teacher.double(), target, **options
+            )
+            found = step(
+                vocab_parallel_wsl_loss,
+                student[:, shard],
+                teacher[:, shard],
+                target,
+                group=group,
+                **options,
+            )
             torch.testing.assert_close(found[0].double(), value, rtol=budget, atol=budget)
             assert found[1].dtype == dtype
             largest = gradient[gradient.isfinite()].abs().max().item()
             rounding = torch.finfo(dtype).eps
             assert_close = torch.testing.assert_close
             assert_close(
-                found[1].double(), gradient[:, shard], rtol=rounding, atol=budget * largest + 6e-8 * (rounding > 6e-8)
+                found[1].double(),
+                gradient[:, shard],
+                rtol=rounding,
+                atol=budget * largest + 6e-8 * (rounding > 6e-8),
             )
             every = [torch.empty_like(found[0]) for _ in range(world)]
             dist.all_gather(every, found[0], group=group)
@@ -82,8 +98,17 @@ def weight_is_exact(group, shard):
         teacher[:, label], student[:, label] = margin, margin - 0.5
         target = torch.full((40,), label)
         options = {"hard_weight": 0.0, "alpha": 1.0, "temperature": 1.0, "reduction": "none"}
-        value, gradient = step(reference.wsl_loss, student.double(), teacher.double(), target, **options)
-        found = step(vocab_parallel_wsl_loss, student[:, shard], teacher[:, shard], target, group=group, **options)
+        value, gradient = step(
+            reference.wsl_loss, student.double(), teacher.double(), target, **options
+        )
+        found = step(
+            vocab_parallel_wsl_loss,
+            student[:, shard],
+            teacher[:, shard],
+            target,
+            group=group,
+            **options,
+        )
         torch.testing.assert_close(found[0].double(), value, rtol=2e-6, atol=0)
         torch.testing.assert_close(found[1].double(), gradient[:, shard], rtol=1e-5, atol=1e-17)
 
@@ -94,7 +119,10 @@ def sharded_layers(group, shard):
             tensors = problem(dtype)
             upstream = torch.linspace(1, 2, ROWS) if options.get("reduction") == "none" else 3.0
             value, expected = exact_linear(tensors, upstream, **options)
-            own = {name: x[shard] if name.endswith(("weight", "bias")) else x for name, x in tensors.items()}
+            own = {
+                name: x[shard] if name.endswith(("weight", "bias")) else x
+                for name, x in tensors.items()
+            }
             leaf = {name: own[name].detach().clone().requires_grad_() for name in NAMES}
             found = linear_wsl_loss(**own | leaf, **options, chunk_size=5, group=group)
             (found * upstream).sum().backward()
@@ -103,14 +131,18 @@ def sharded_layers(group, shard):
             for name, x in leaf.items():
                 part = expected[name] if name == "student_input" else expected[name][shard]
                 largest = expected[name].abs().max().item()
-                torch.testing.assert_close(x.grad.double(), part, rtol=rounding, atol=budget * largest)
+                torch.testing.assert_close(
+                    x.grad.double(), part, rtol=rounding, atol=budget * largest
+                )
 
 
 def compiled(group, shard):
     student, teacher, target = logits_of(torch.float32)
     inputs = (student[:, shard], teacher[:, shard], target)
     expected = step(vocab_parallel_wsl_loss, *inputs, group=group)
-    function = torch.compile(lambda *inputs: vocab_parallel_wsl_loss(*inputs, group=group), fullgraph=True)
+    function = torch.compile(
+        lambda *inputs: vocab_parallel_wsl_loss(*inputs, group=group), fullgraph=True
+    )
     torch.testing.assert_close(step(function, *inputs), expected, equal_nan=True)
 
 
@@ -128,9 +160,14 @@ def refusals(rank, group, shard):
         vocab_parallel_wsl_loss(student, teacher, teacher.softmax(1), group=group)
     mesh, tensors = init_device_mesh("cpu", (dist.get_world_size(group),)), problem()
     with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .full_tensor(), or")):
-        linear_wsl_loss(**tensors | {"student_weight": distribute_tensor(tensors["student_weight"], mesh, [Shard(0)])})
+        linear_wsl_loss(
+            **tensors
+            | {"student_weight": distribute_tensor(tensors["student_weight"], mesh, [Shard(0)])}
+        )
     with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .to_local()")):
-        vocab_parallel_wsl_loss(distribute_tensor(student, mesh, [Shard(1)]), teacher, target, group=group)
+        vocab_parallel_wsl_loss(
+            distribute_tensor(student, mesh, [Shard(1)]), teacher, target, group=group
+        )
     student = student.clone().requires_grad_()
     value = vocab_parallel_wsl_loss(student, teacher, target, group=group)
     (gradient,) = torch.autograd.grad(value, student, create_graph=True)
@@ -200,13 +237,22 @@ def test_merged_statistics_are_those_of_all_classes_together():
 
     def merged(rows):
         return _merge(
-            Statistics(*(Row(x[rows], zero, zero, zero * x[rows]) for x in (student, teacher)), zero, zero, one), 2.0
+            Statistics(
+                *(Row(x[rows], zero, zero, zero * x[rows]) for x in (student, teacher)),
+                zero,
+                zero,
+                one,
+            ),
+            2.0,
         )[0]
 
     whole = merged(slice(None))
     for cut in (1, 7, 19):
         a, b = merged(slice(cut)), merged(slice(cut, None))
-        rows = (Row(*map(torch.stack, zip(*pair))) for pair in ((a.student, b.student), (a.teacher, b.teacher)))
+        rows = (
+            Row(*map(torch.stack, zip(*pair)))
+            for pair in ((a.student, b.student), (a.teacher, b.teacher))
+        )
         others = (torch.stack(pair) for pair in zip(a[2:], b[2:]))
         found, _ = _merge(Statistics(*rows, *others), 2.0)
         torch.testing.assert_close(found, whole)

@@ -19,16 +19,25 @@ CASES = sorted({key.split("/")[0] for key in VECTORS.files})
 
 def loss_and_gradient(student, teacher, target, **options):
     student = torch.from_numpy(student).double().requires_grad_()
-    loss = reference.wsl_loss(student, torch.from_numpy(teacher).double(), torch.from_numpy(target), **options)
+    loss = reference.wsl_loss(
+        student, torch.from_numpy(teacher).double(), torch.from_numpy(target), **options
+    )
     loss.backward()
     return loss.item(), student.grad.numpy()
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_agrees_with_published_implementations(case):
-    fields = {key.split("/")[1]: VECTORS[key] for key in VECTORS.files if key.startswith(case + "/")}
-    options = {name: float(fields[name]) for name in ("temperature", "alpha", "hard_weight", "label_smoothing")}
-    loss, gradient = loss_and_gradient(fields["student_logits"], fields["teacher_logits"], fields["target"], **options)
+    fields = {
+        key.split("/")[1]: VECTORS[key] for key in VECTORS.files if key.startswith(case + "/")
+    }
+    options = {
+        name: float(fields[name])
+        for name in ("temperature", "alpha", "hard_weight", "label_smoothing")
+    }
+    loss, gradient = loss_and_gradient(
+        fields["student_logits"], fields["teacher_logits"], fields["target"], **options
+    )
     np.testing.assert_allclose(loss, fields["loss"], rtol=1e-12, atol=0)
     np.testing.assert_allclose(gradient, fields["grad"], rtol=1e-12, atol=1e-12)
 
@@ -36,7 +45,8 @@ def test_agrees_with_published_implementations(case):
 @pytest.mark.parametrize("probabilities", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.7])
 @pytest.mark.parametrize(
-    ("hard_weight", "alpha", "label_smoothing"), [(1.0, 2.5, 0.0), (0.0, 1.0, 0.0), (0.7, 0.0, 0.1), (1.0, 2.25, 1.0)]
+    ("hard_weight", "alpha", "label_smoothing"),
+    [(1.0, 2.5, 0.0), (0.0, 1.0, 0.0), (0.7, 0.0, 0.1), (1.0, 2.25, 1.0)],
 )
 def test_agrees_with_numpy(probabilities, temperature, hard_weight, alpha, label_smoothing):
     rng = np.random.default_rng(0)
@@ -72,16 +82,25 @@ def test_supports_double_backward(temperature):
     (second,) = torch.autograd.grad((first * direction).sum(), leaf)
 
     def frozen(student):  # the same formula with the weight as a number
-        soft = F.cross_entropy(student / temperature, (teacher / temperature).softmax(1), reduction="none")
-        return (F.cross_entropy(student, target, reduction="none") + 2.5 * temperature**2 * weight * soft).mean()
+        soft = F.cross_entropy(
+            student / temperature, (teacher / temperature).softmax(1), reduction="none"
+        )
+        return (
+            F.cross_entropy(student, target, reduction="none")
+            + 2.5 * temperature**2 * weight * soft
+        ).mean()
 
     expected = torch.autograd.functional.hvp(frozen, student, direction)[1]
-    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-8)  # the weight came back in float32
+    torch.testing.assert_close(
+        second, expected, rtol=1e-5, atol=1e-8
+    )  # the weight came back in float32
 
 
 def test_supports_vmap_for_gradients_of_single_samples():
     student, teacher = torch.randn(2, 4, 5, dtype=torch.float64)
     target = torch.tensor([0, 4, 2, -100])
-    single = torch.func.vmap(torch.func.grad(lambda *args: reference.wsl_loss(*args, reduction="sum")))
+    single = torch.func.vmap(
+        torch.func.grad(lambda *args: reference.wsl_loss(*args, reduction="sum"))
+    )
     together = torch.func.grad(lambda s: reference.wsl_loss(s, teacher, target, reduction="sum"))
     torch.testing.assert_close(single(student, teacher, target), together(student))

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 for _module in ("sklearn", "scipy", "matplotlib", "tqdm"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]"
+    )
 
 RELATED = Path(__file__).parents[1] / "examples" / "related"
 sys.path.insert(0, str(RELATED))
@@ -28,7 +30,11 @@ from weighted_soft_labels.analysis import wsl_terms  # noqa: E402
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUMBER = r"[+-]?\d+\.\d+"
-OPTIONS = {"prokt": ("--epochs", "1"), "dfa": ("--epochs", "1", "--misaligned", "0.2"), "infodrop": ("--epochs", "2")}
+OPTIONS = {
+    "prokt": ("--epochs", "1"),
+    "dfa": ("--epochs", "1", "--misaligned", "0.2"),
+    "infodrop": ("--epochs", "2"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,9 @@ def test_the_progressive_teacher_moves_towards_the_student(pair):
         teacher, _ = prokt.networks()
         optimizer = torch.optim.Adam(teacher.parameters(), lr=prokt.LR)
         for _ in range(steps):
-            prokt.update(optimizer, prokt.teacher_loss(teacher(images), student_logits, labels, pull))
+            prokt.update(
+                optimizer, prokt.teacher_loss(teacher(images), student_logits, labels, pull)
+            )
         return prokt.kl_divergence(student_logits, teacher(images)).item()
 
     assert distance_after(1.0) < distance_after(1.0, steps=0) / 4
@@ -109,7 +117,9 @@ def test_prokt_prints_differences_within_a_seed(printed):
     for kd, wsl, gain, *_ in (found[name] for name in prokt.TEACHERS):
         assert gain == pytest.approx(wsl - kd, abs=0.11)
     for column, difference in enumerate(found["difference"]):
-        assert difference == pytest.approx(found["progressive"][column] - found["converged"][column], abs=0.11)
+        assert difference == pytest.approx(
+            found["progressive"][column] - found["converged"][column], abs=0.11
+        )
 
 
 # DFA ----------------------------------------------------------------------------------------------------------------
@@ -120,12 +130,17 @@ def teaching() -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
     """400 images and labels, and the maps of a teacher that knows their kind."""
     torch.manual_seed(0)
     digits = dfa.load_digits()
-    clean, labels = torch.tensor(digits.images[:400]).float().unsqueeze(1) / 16, torch.tensor(digits.target[:400])
+    clean, labels = (
+        torch.tensor(digits.images[:400]).float().unsqueeze(1) / 16,
+        torch.tensor(digits.target[:400]),
+    )
     teacher = dfa.Network(dfa.TEACHER, dfa.LAYERS)
     optimizer = torch.optim.Adam(teacher.parameters(), lr=dfa.LR)
     for _ in range(12):
         for batch in torch.randperm(400).split(dfa.BATCH):
-            dfa.update(optimizer, F.cross_entropy(teacher(dfa.distort(clean[batch]))[0], labels[batch]))
+            dfa.update(
+                optimizer, F.cross_entropy(teacher(dfa.distort(clean[batch]))[0], labels[batch])
+            )
     teacher.eval()
     images = dfa.distort(clean)
     with torch.no_grad():
@@ -148,7 +163,9 @@ def test_without_its_second_loss_the_search_goes_to_the_shallow_layer(teaching, 
     found = {}
     for second_loss in (True, False):
         torch.manual_seed(0)
-        found[second_loss] = dfa.search(group, data, maps[group], epochs=30, second_loss=second_loss).softmax(0)
+        found[second_loss] = dfa.search(
+            group, data, maps[group], epochs=30, second_loss=second_loss
+        ).softmax(0)
     assert found[False].argmax() == 0
     assert found[True].argmax() == dfa.LAYERS - 1
     assert found[True][0] < 1 / dfa.LAYERS < found[False][0]
@@ -163,7 +180,9 @@ def test_dfa_prints_differences_within_a_seed(printed):
     assert difference == pytest.approx(wanted, abs=0.11)
     for group in (1, 2):
         for name in dfa.SEARCHES:
-            assert sum(numbers(printed["dfa"], f"group {group}, {name}")[::2]) == pytest.approx(1, abs=0.02)
+            assert sum(numbers(printed["dfa"], f"group {group}, {name}")[::2]) == pytest.approx(
+                1, abs=0.02
+            )
 
 
 # InfoDrop -----------------------------------------------------------------------------------------------------------
@@ -184,7 +203,9 @@ def test_the_chance_is_the_formula():
     for row, column in torch.cartesian_prod(torch.arange(8), torch.arange(8)).tolist():
         here = padded[:, :, row + 3 : row + 6, column + 3 : column + 6]
         for n, (down, right) in enumerate(offsets.T.tolist()):
-            there = padded[:, :, row + 3 + down : row + 6 + down, column + 3 + right : column + 6 + right]
+            there = padded[
+                :, :, row + 3 + down : row + 6 + down, column + 3 + right : column + 6 + right
+            ]
             distances[:, n, row, column] = (here - there).square().sum((1, 2, 3))
     wanted = (-distances / distances.mean() / 2).exp().mean(1) ** (1 / 0.3)
     torch.testing.assert_close(found, wanted / wanted.sum((1, 2), keepdim=True))
@@ -234,7 +255,11 @@ def test_shuffling_keeps_the_quarters_and_moves_them():
     assert 0 < sum(torch.equal(new, old) for new, old in zip(shuffled, images)) < 25
 
     def quarters(image: Tensor) -> set[bytes]:
-        return {image[0, i : i + 4, j : j + 4].contiguous().numpy().tobytes() for i in (0, 4) for j in (0, 4)}
+        return {
+            image[0, i : i + 4, j : j + 4].contiguous().numpy().tobytes()
+            for i in (0, 4)
+            for j in (0, 4)
+        }
 
     assert all(quarters(new) == quarters(old) for new, old in zip(shuffled, images))
 
@@ -245,7 +270,19 @@ def test_infodrop_prints_differences_within_a_seed(printed):
         for drop in infodrop.DROPS
         for method in infodrop.METHODS
     }
-    for (drop, method), (intact, _, gain, _, on_kd, _, shuffled, _, shuffled_gain, _, weight) in found.items():
+    for (drop, method), (
+        intact,
+        _,
+        gain,
+        _,
+        on_kd,
+        _,
+        shuffled,
+        _,
+        shuffled_gain,
+        _,
+        weight,
+    ) in found.items():
         assert gain == pytest.approx(intact - found["none", method][0], abs=0.11)
         assert on_kd == pytest.approx(intact - found[drop, "KD"][0], abs=0.11)
         assert shuffled_gain == pytest.approx(shuffled - found["none", method][6], abs=0.11)

@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 
 for _module in ("sklearn", "scipy", "matplotlib", "tqdm", "torchvision"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[examples]"
+    )
 
 STUDY = Path(__file__).parents[1] / "examples" / "study"
 sys.path.insert(0, str(STUDY))
@@ -31,7 +33,19 @@ import teacher_mistakes  # noqa: E402
 from weighted_soft_labels.analysis import regularization_samples, wsl_terms  # noqa: E402
 
 REPORTS = {"bias_variance": bias_variance.report, "regularization_samples": script.report}
-TINY = ("--train-images", "120", "--seeds", "2", "--epochs", "2", "--teacher-epochs", "2", "--temperatures", "1", "4")
+TINY = (
+    "--train-images",
+    "120",
+    "--seeds",
+    "2",
+    "--epochs",
+    "2",
+    "--teacher-epochs",
+    "2",
+    "--temperatures",
+    "1",
+    "4",
+)
 FEW = {"bias_variance": ("--models", "2"), "regularization_samples": ("--smoothings", "0", "0.1")}
 
 Finished = dict[str, tuple[Path, str]]  # by script: a folder of results, and what was printed
@@ -44,7 +58,9 @@ def command(name: str, *options: object) -> list[str]:
 
 
 def run(folder: Path, name: str, *options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(name, *options), cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command(name, *options), cwd=folder, capture_output=True, text=True, timeout=300
+    )
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -78,21 +94,33 @@ def test_bias_variance_writes_a_row_for_every_seed_loss_and_epoch(finished: Fini
         shares = [float(row[name]) for name in row if name.startswith("bias_")]
         assert sum(shares) == pytest.approx(0 if row["loss"] == "CE" else 1, abs=0.01)
 
-    (line,) = (x for x in printed.split("Differences")[0].splitlines() if x.startswith("WSL, T = 4"))
+    (line,) = (
+        x for x in printed.split("Differences")[0].splitlines() if x.startswith("WSL, T = 4")
+    )
     mean, half = re.findall(r"\d+\.\d+", line)[:2]
-    a, b = (float(row["bias"]) for row in rows if (row["loss"], row["temperature"], row["epoch"]) == ("WSL", "4", "2"))
+    a, b = (
+        float(row["bias"])
+        for row in rows
+        if (row["loss"], row["temperature"], row["epoch"]) == ("WSL", "4", "2")
+    )
     assert float(mean) == pytest.approx((a + b) / 2, abs=1e-4)
-    assert float(half) == pytest.approx(12.706 * abs(a - b) / 2, abs=3e-4, rel=1e-3)  # Student's t of 2 values
+    assert float(half) == pytest.approx(
+        12.706 * abs(a - b) / 2, abs=3e-4, rel=1e-3
+    )  # Student's t of 2 values
 
 
 @pytest.mark.slow
-def test_regularization_samples_writes_a_row_for_every_seed_loss_and_epoch(finished: Finished) -> None:
+def test_regularization_samples_writes_a_row_for_every_seed_loss_and_epoch(
+    finished: Finished,
+) -> None:
     out, printed = finished["regularization_samples"]
     rows = table(out / "regularization_samples.csv")
     students = [row for row in rows if row["loss"] not in ("teacher", "CE")]
     assert len(students) == 2 * 2 * 4 * 2 * 2  # seeds, epochs, losses, smoothings, temperatures
     for row in students:
-        assert float(row["share"]) == pytest.approx(int(row["regularization_samples"]) / 120, abs=1e-4)
+        assert float(row["share"]) == pytest.approx(
+            int(row["regularization_samples"]) / 120, abs=1e-4
+        )
         assert 0 < float(row["weight"]) < 1
         opposing, share = float(row["share_opposing"]), float(row["share"])
         assert opposing == share if row["temperature"] == "1" else opposing <= share
@@ -114,7 +142,9 @@ def test_seeds_do_not_depend_on_the_number_of_workers(finished: Finished, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="children are found in Linux's /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="children are found in Linux's /proc"
+)
 def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path) -> None:
     options = (
         *TINY,
@@ -130,7 +160,9 @@ def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path
         "--out",
         "killed",
     )
-    process = subprocess.Popen(command("bias_variance", *options), cwd=tmp_path, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("bias_variance", *options), cwd=tmp_path, stderr=subprocess.DEVNULL
+    )
     described = tmp_path / "killed" / "bias_variance.json"
     while not described.exists():
         assert process.poll() is None
@@ -143,7 +175,9 @@ def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path
         assert time.monotonic() < deadline
         time.sleep(0.05)
     rows = table(tmp_path / "killed" / "bias_variance.csv")
-    assert {len([row for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}} == {5}
+    assert {
+        len([row for row in rows if row["seed"] == seed]) for seed in {row["seed"] for row in rows}
+    } == {5}
 
 
 def test_fashion_mnist_as_torchvision_keeps_it(tmp_path: Path) -> None:
@@ -151,8 +185,14 @@ def test_fashion_mnist_as_torchvision_keeps_it(tmp_path: Path) -> None:
     folder.mkdir(parents=True)
     for prefix, count in (("train", 10), ("t10k", 4)):
         for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            header = bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
-            values = bytes(range(count)) if kind == "labels-idx1" else bytes(255 for _ in range(math.prod(shape)))
+            header = bytes((0, 0, 8, len(shape))) + b"".join(
+                size.to_bytes(4, "big") for size in shape
+            )
+            values = (
+                bytes(range(count))
+                if kind == "labels-idx1"
+                else bytes(255 for _ in range(math.prod(shape)))
+            )
             (folder / f"{prefix}-{kind}-ubyte").write_bytes(header + values)
     task = study.load_task("fashion-mnist", tmp_path, torch.device("cpu"))
     assert task.train_images.shape == (10, 1, 32, 32)
@@ -163,22 +203,35 @@ def test_fashion_mnist_as_torchvision_keeps_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
-def test_losses_of_the_ablation_differ_in_the_weight_of_the_soft_term_alone(temperature: float) -> None:
+def test_losses_of_the_ablation_differ_in_the_weight_of_the_soft_term_alone(
+    temperature: float,
+) -> None:
     """Gradients, from the closed form: KD and WSL have other constants."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (3 * torch.randn(60, 10, generator=generator) for _ in range(2))
     labels = torch.randint(10, (60,), generator=generator)
     hard = (student.softmax(1) - F.one_hot(labels, 10)) / 60
-    soft = temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / 60
+    soft = (
+        temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / 60
+    )
     weight = wsl_terms(student, teacher, labels).weight
     found = regularization_samples(student, teacher, labels, temperature=temperature)
     assert 0 < found.sum() < 60
-    weights = {"KD": torch.ones(60), "dropped": (~found).float(), "uniform": weight.mean().expand(60), "WSL": weight}
+    weights = {
+        "KD": torch.ones(60),
+        "dropped": (~found).float(),
+        "uniform": weight.mean().expand(60),
+        "WSL": weight,
+    }
     assert tuple(weights) == script.LOSSES
     for name, values in weights.items():
         logits = student.clone().requires_grad_()
-        script.make_student_loss(script.Method(name, 0.0, temperature), alpha=2.25)(logits, teacher, labels).backward()
-        torch.testing.assert_close(logits.grad, hard + 2.25 * values[:, None] * soft, rtol=1e-4, atol=1e-7)
+        script.make_student_loss(script.Method(name, 0.0, temperature), alpha=2.25)(
+            logits, teacher, labels
+        ).backward()
+        torch.testing.assert_close(
+            logits.grad, hard + 2.25 * values[:, None] * soft, rtol=1e-4, atol=1e-7
+        )
 
 
 def test_students_of_one_seed_differ_in_their_loss_alone() -> None:
@@ -195,12 +248,16 @@ def test_students_of_one_seed_differ_in_their_loss_alone() -> None:
         network = study.make_network(task, study.STUDENT_WIDTH)
         network.load_state_dict(first.state_dict())
         learned_from = None if method.loss == "CE" else teacher
-        learners.append(study.Learner(network, script.make_student_loss(method, 1e-9), 2, learned_from))
+        learners.append(
+            study.Learner(network, script.make_student_loss(method, 1e-9), 2, learned_from)
+        )
     seen = study.train_epoch(task, drawn, learners)
     assert seen.labels.sort().values.equal(task.train_labels[drawn].sort().values)
     for other in seen.student_logits[1:]:
         torch.testing.assert_close(other, seen.student_logits[0])
-    assert all(value.equal(before[name]) for name, value in teacher.state_dict().items()), "the teacher has changed"
+    assert all(value.equal(before[name]) for name, value in teacher.state_dict().items()), (
+        "the teacher has changed"
+    )
     assert not study.predict(task, learners[0].network).equal(study.predict(task, first))
 
 
@@ -213,20 +270,33 @@ def test_images_are_moved_by_up_to_one_pixel_and_flipped() -> None:
     assert places == {(row, column) for row in (1, 2, 3) for column in (2, 3, 4, 5)}
 
 
-def test_the_page_prints_what_the_tables_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_prints_what_the_tables_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     page = (STUDY / "STUDY.md").read_text()
     results, only_tables = STUDY / "results" / "fashion-mnist", shutil.ignore_patterns("*.png")
     shutil.copytree(results, tmp_path, ignore=only_tables, dirs_exist_ok=True)
     for name, report in (REPORTS | {"teacher_mistakes": teacher_mistakes.report}).items():
         described = json.loads((tmp_path / f"{name}.json").read_text())
         report(tmp_path, described)
-        assert len({row["seed"] for row in table(tmp_path / f"{name}.csv")}) == described["seeds"] >= 10
-        for value in (f"{described['seeds']} seeds", described["torch"].split("+")[0], described["device"]):
+        assert (
+            len({row["seed"] for row in table(tmp_path / f"{name}.csv")})
+            == described["seeds"]
+            >= 10
+        )
+        for value in (
+            f"{described['seeds']} seeds",
+            described["torch"].split("+")[0],
+            described["device"],
+        ):
             assert value in page
     digits = tmp_path / "digits"
     shutil.copytree(STUDY / "results" / "digits", digits, ignore=only_tables)
     teacher_mistakes.report(digits, json.loads((digits / "teacher_mistakes.json").read_text()))
-    printed, blocks = capsys.readouterr().out, re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    printed, blocks = (
+        capsys.readouterr().out,
+        re.findall(r"^```text\n(.*?)^```", page, re.MULTILINE | re.DOTALL),
+    )
     assert len(blocks) >= 6
     assert all(block in printed for block in blocks)
     tables = re.findall(r"^\| teacher \|.*?^\n", page, re.MULTILINE | re.DOTALL)

@@ -10,7 +10,9 @@ import torch
 
 from weighted_soft_labels import reference
 
-transformers = pytest.importorskip("transformers", reason="pip install weighted-soft-labels[frameworks]")
+transformers = pytest.importorskip(
+    "transformers", reason="pip install weighted-soft-labels[frameworks]"
+)
 
 README = (Path(__file__).parents[1] / "examples" / "README.md").read_text()
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,10 +20,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_causal_models_as_the_readme_has_it() -> None:
     torch.manual_seed(0)
-    common = {"vocab_size": 50, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    common = {
+        "vocab_size": 50,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
     student, teacher = (
         transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**common, hidden_size=width, intermediate_size=width, tie_word_embeddings=tied)
+            transformers.LlamaConfig(
+                **common, hidden_size=width, intermediate_size=width, tie_word_embeddings=tied
+            )
         )
         for width, tied in ((16, True), (32, False))
     )
@@ -42,7 +51,9 @@ def test_causal_models_as_the_readme_has_it() -> None:
     student.zero_grad()
 
     (block,) = re.findall(r"```python\n(.*?linear_wsl_loss.*?)```", README, re.DOTALL)
-    code = [line for line in block.splitlines() if line and not line.startswith(("from ", "import "))]
+    code = [
+        line for line in block.splitlines() if line and not line.startswith(("from ", "import "))
+    ]
     assert len(code) <= 10
     namespace = {"student": student, "teacher": teacher, "batch": batch}
     exec(block, namespace)

@@ -20,7 +20,9 @@ from weighted_soft_labels import reference, wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
 for _module in ("lightning", "sklearn"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]"
+    )
 
 FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
@@ -32,7 +34,9 @@ from wsl_lightning import Distillation  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*in eval mode at the start of training"),
+    pytest.mark.filterwarnings(
+        "ignore:.*does not have many workers", "ignore:.*in eval mode at the start of training"
+    ),
 ]
 
 CLASSES = 5
@@ -48,7 +52,9 @@ def make_student() -> nn.Module:
 def make_teacher(classes: int = CLASSES) -> nn.Module:
     """With statistics that no longer are the initial ones, and all that train mode would change."""
     torch.manual_seed(2)
-    teacher = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, classes))
+    teacher = nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, classes)
+    )
     teacher(torch.randn(32, 6))
     return teacher
 
@@ -64,7 +70,9 @@ def make_module(**options: Any) -> Distillation:
 
 def make_trainer(**options: Any) -> L.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    return L.Trainer(**{"accelerator": "cpu", "enable_model_summary": False, "max_epochs": 2, **quiet, **options})
+    return L.Trainer(
+        **{"accelerator": "cpu", "enable_model_summary": False, "max_epochs": 2, **quiet, **options}
+    )
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -79,7 +87,10 @@ def state(network: nn.Module) -> dict[str, Tensor]:
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     with (folder / "lightning_logs" / "version_0" / "metrics.csv").open(newline="") as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        return [
+            {name: float(value) for name, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def test_trains_the_student_as_a_plain_loop_does() -> None:
@@ -103,11 +114,16 @@ def test_trains_the_student_as_a_plain_loop_does() -> None:
 def test_teacher_is_frozen_and_in_eval_mode_all_along() -> None:
     module = make_module()  # whose teacher comes in train mode
     seen: list[tuple[bool, bool]] = []
-    module.teacher[2].register_forward_hook(lambda dropout, *_: seen.append((dropout.training, module.training)))
+    module.teacher[2].register_forward_hook(
+        lambda dropout, *_: seen.append((dropout.training, module.training))
+    )
     trainer = make_trainer(max_epochs=3, check_val_every_n_epoch=1)
     trainer.fit(module, DataLoader(make_data(), 4), DataLoader(make_data(), 4))
     assert seen == 18 * [(False, True)]  # the teacher is for training alone
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in module.teacher.parameters())
+    assert all(
+        parameter.grad is None and not parameter.requires_grad
+        for parameter in module.teacher.parameters()
+    )
     assert {*trainer.optimizers[0].param_groups[0]["params"]} == {*module.student.parameters()}
     module.unfreeze()  # Lightning's: the gradients of all, and train mode
     assert not module.teacher_logits(make_data().tensors[0]).requires_grad
@@ -128,7 +144,9 @@ def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any) -> None:
     data, module = TensorDataset(inputs, change(target)), make_module(temperature=3.0)
     outputs: dict[str, list[Tensor]] = {"student": [], "teacher": []}
     for name, seen in outputs.items():
-        getattr(module, name).register_forward_hook(lambda *parts, seen=seen: seen.append(parts[-1].detach()))
+        getattr(module, name).register_forward_hook(
+            lambda *parts, seen=seen: seen.append(parts[-1].detach())
+        )
     make_trainer(logger=CSVLogger(tmp_path), log_every_n_steps=2).fit(module, DataLoader(data, 4))
 
     rows = read_log(tmp_path)
@@ -139,19 +157,31 @@ def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any) -> None:
         logits, target = (outputs["student"][step], outputs["teacher"][step]), batches[step][1]
         terms = wsl_terms(*logits, target, temperature=3.0)
         kept = slice(None) if target.is_floating_point() else target != IGNORED
-        for name, values in {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}.items():
+        for name, values in {
+            "hard": terms.student_ce,
+            "soft": terms.soft,
+            "weight": terms.weight,
+        }.items():
             assert row[name] == pytest.approx(values[kept].mean().item(), rel=1e-5), name
-        assert row["loss"] == pytest.approx(wsl_loss(*logits, target, temperature=3.0).item(), rel=1e-5)
+        assert row["loss"] == pytest.approx(
+            wsl_loss(*logits, target, temperature=3.0).item(), rel=1e-5
+        )
 
 
 def test_validation_counts_every_element_once() -> None:
     (inputs, target), module = make_data(10).tensors, make_module()
     data = TensorDataset(inputs, some_ignored(target))
-    (metrics,) = make_trainer().validate(module, DataLoader(data, 4), verbose=False)  # with 2, 3 and 1 elements kept
+    (metrics,) = make_trainer().validate(
+        module, DataLoader(data, 4), verbose=False
+    )  # with 2, 3 and 1 elements kept
     kept = data.tensors[1] != IGNORED
     logits = module.student(inputs)[kept]
-    assert metrics["val_hard"] == pytest.approx(F.cross_entropy(logits, target[kept]).item(), rel=1e-6)
-    assert metrics["val_accuracy"] == pytest.approx(100 * (logits.argmax(1) == target[kept]).float().mean().item())
+    assert metrics["val_hard"] == pytest.approx(
+        F.cross_entropy(logits, target[kept]).item(), rel=1e-6
+    )
+    assert metrics["val_accuracy"] == pytest.approx(
+        100 * (logits.argmax(1) == target[kept]).float().mean().item()
+    )
 
 
 def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
@@ -177,9 +207,14 @@ def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
 
 def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: Path) -> None:
     def fit(epochs: int, resume_from: Path | None = None) -> Distillation:
-        module, callbacks = make_module(), [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path)]
+        module, callbacks = (
+            make_module(),
+            [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path)],
+        )
         trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
-        trainer.fit(module, DataLoader(make_data(), 4), DataLoader(make_data(), 4), ckpt_path=resume_from)
+        trainer.fit(
+            module, DataLoader(make_data(), 4), DataLoader(make_data(), 4), ckpt_path=resume_from
+        )
         return module
 
     fit(2)
@@ -192,7 +227,11 @@ def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: 
 
 def test_batch_without_target_is_refused() -> None:
     images = make_data().tensors[0]
-    for data, got in ((images, "Tensor"), (TensorDataset(images), r"\['Tensor'\]"), ([{"image": images}], "dict")):
+    for data, got in (
+        (images, "Tensor"),
+        (TensorDataset(images), r"\['Tensor'\]"),
+        ([{"image": images}], "dict"),
+    ):
         message = rf"a batch must be \(inputs, target\), as WSL weighs by the labels, got {got}"
         with pytest.raises(ValueError, match=message):
             make_trainer().fit(make_module(), DataLoader(data, 2))
@@ -200,17 +239,24 @@ def test_batch_without_target_is_refused() -> None:
 
 def test_validation_on_class_probabilities_and_a_teacher_of_other_classes_are_refused() -> None:
     data = TensorDataset(make_data().tensors[0], mixed_up(make_data().tensors[1]))
-    with pytest.raises(ValueError, match=r"validation needs class indices .* as target, got torch.float32"):
+    with pytest.raises(
+        ValueError, match=r"validation needs class indices .* as target, got torch.float32"
+    ):
         make_trainer().validate(make_module(), DataLoader(data, 4))
     with pytest.raises(ValueError, match=r"must have the same shape, got \(4, 5\) and \(4, 7\)"):
-        make_trainer().fit(Distillation(make_student(), make_teacher(7)), DataLoader(make_data(), 4))
+        make_trainer().fit(
+            Distillation(make_student(), make_teacher(7)), DataLoader(make_data(), 4)
+        )
 
 
 def test_teacher_in_train_mode_is_refused() -> None:
     """Of which a part was put there past `Distillation.train`."""
     module = make_module()
     module.teacher[1].register_forward_hook(lambda norm, *_: norm.train() and None)
-    with pytest.raises(ValueError, match="the teacher must be in eval mode, but something has put it into train mode"):
+    with pytest.raises(
+        ValueError,
+        match="the teacher must be in eval mode, but something has put it into train mode",
+    ):
         make_trainer().fit(module, DataLoader(make_data(), 4))
 
 
@@ -222,7 +268,10 @@ def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
 
 
 def run(*options: object) -> str:
-    command, environment = [sys.executable, *map(str, options)], {**os.environ, "OMP_NUM_THREADS": "1"}
+    command, environment = (
+        [sys.executable, *map(str, options)],
+        {**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -242,7 +291,9 @@ class InOrder(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         inputs, target = self.data.tensors
-        ignored = some_ignored(target)  # of which one process has more than the other, and an odd number is left
+        ignored = some_ignored(
+            target
+        )  # of which one process has more than the other, and an odd number is left
         ignored[1] = IGNORED
         return DataLoader(TensorDataset(inputs, ignored), self.batch // self.trainer.world_size)
 
@@ -251,7 +302,9 @@ def train_on(devices: int, folder: Path) -> None:
     """What both processes of DDP run, too: two epochs of six steps, and a validation after each."""
     module = make_module()
     strategy = "ddp" if devices > 1 else "auto"
-    trainer = make_trainer(devices=devices, strategy=strategy, logger=CSVLogger(folder), log_every_n_steps=3)
+    trainer = make_trainer(
+        devices=devices, strategy=strategy, logger=CSVLogger(folder), log_every_n_steps=3
+    )
     trainer.fit(module, InOrder(make_data(96), batch=16))
     trainer.save_checkpoint(folder / "last.ckpt")
     if trainer.is_global_zero:
@@ -275,12 +328,16 @@ def test_two_processes_train_as_one_with_the_doubled_batch(tmp_path: Path) -> No
 
 def test_script_distils_on_two_processes(tmp_path: Path) -> None:
     out = run(FRAMEWORKS / "wsl_lightning.py", "--epochs", 3, "--devices", 2, "--out", tmp_path)
-    (accuracies,) = re.findall(r"^test accuracy: teacher (\S+) %, student (\S+) %$", out, flags=re.MULTILINE)
+    (accuracies,) = re.findall(
+        r"^test accuracy: teacher (\S+) %, student (\S+) %$", out, flags=re.MULTILINE
+    )
     last = read_log(tmp_path)[-1]
     assert float(accuracies[1]) == pytest.approx(last["val_accuracy"], abs=0.01)
     assert float(accuracies[0]) > 90
     (path,) = (tmp_path / "lightning_logs").rglob("*.ckpt")
-    assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {"student"}
+    assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {
+        "student"
+    }
 
 
 if __name__ == "__main__":  # which Lightning starts again for the second process

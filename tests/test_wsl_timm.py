@@ -13,7 +13,9 @@ import torch
 
 from weighted_soft_labels import wsl_loss
 
-timm = pytest.importorskip("timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]")
+timm = pytest.importorskip(
+    "timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]"
+)
 from timm.data import Mixup  # noqa: E402
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy  # noqa: E402
 from timm.optim import create_optimizer_v2  # noqa: E402
@@ -30,9 +32,19 @@ def wsl_timm() -> SimpleNamespace:
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: SimpleNamespace, mixed: bool) -> None:
     torch.manual_seed(0)
-    student, teacher = (timm.create_model(name, num_classes=5) for name in ("test_vit", "test_resnet"))
-    teacher.pretrained_cfg = {**teacher.pretrained_cfg, "mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-    student.pretrained_cfg = {**student.pretrained_cfg, "mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
+    student, teacher = (
+        timm.create_model(name, num_classes=5) for name in ("test_vit", "test_resnet")
+    )
+    teacher.pretrained_cfg = {
+        **teacher.pretrained_cfg,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+    }
+    student.pretrained_cfg = {
+        **student.pretrained_cfg,
+        "mean": (0.4, 0.4, 0.4),
+        "std": (0.2, 0.2, 0.2),
+    }
     alone = copy.deepcopy(student)
     images, target = torch.randn(8, 3, 160, 160), torch.randint(5, (8,))
     if mixed:
@@ -62,7 +74,9 @@ def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: SimpleNamespace, mix
 def test_a_train_script_gets_the_task_in_the_place_of_timms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(timm.task, "LogitDistillationTask", timm.task.LogitDistillationTask)  # put back afterwards
+    monkeypatch.setattr(
+        timm.task, "LogitDistillationTask", timm.task.LogitDistillationTask
+    )  # put back afterwards
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\nfrom timm.task import LogitDistillationTask\nprint(LogitDistillationTask.__name__, sys.argv[1:])\n"

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 for _module in ("torchdistill", "torchvision"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]"
+    )
 
 from torchdistill.common.main_util import import_dependencies, load_ckpt
 from torchdistill.common.yaml_util import load_yaml_file
@@ -44,7 +46,9 @@ class GeneratedCIFAR100(FakeData):
 def load_configuration() -> dict[str, Any]:
     """The committed file, and what it depends on; its path is relative, as is that of the teacher's checkpoint."""
     text = (EXAMPLES / "frameworks" / "wsl_torchdistill.yaml").read_text()
-    Path("generated.yaml").write_text(text.replace("torchvision.datasets.CIFAR100", f"{__name__}.GeneratedCIFAR100"))
+    Path("generated.yaml").write_text(
+        text.replace("torchvision.datasets.CIFAR100", f"{__name__}.GeneratedCIFAR100")
+    )
     configuration = load_yaml_file("generated.yaml")
     import_dependencies(configuration["dependencies"])
     return configuration
@@ -71,10 +75,14 @@ def make_box(configuration: dict[str, Any]) -> DistillationBox:
     for model in (configuration["models"][name] for name in ("teacher_model", "student_model")):
         networks.append(get_model(model["key"], **model["kwargs"]))
         load_ckpt(model["src_ckpt"], model=networks[-1])
-    return get_distillation_box(*networks, configuration["datasets"], train, torch.device("cpu"), None, False, 1)
+    return get_distillation_box(
+        *networks, configuration["datasets"], train, torch.device("cpu"), None, False, 1
+    )
 
 
-def make_small_box(teacher: nn.Module, student: nn.Module, hook: str | None = None, **options: Any) -> DistillationBox:
+def make_small_box(
+    teacher: nn.Module, student: nn.Module, hook: str | None = None, **options: Any
+) -> DistillationBox:
     """Of these networks, without data; with the output of the teacher's module `hook` recorded."""
     wsl = {"criterion": {"key": "WSL", "kwargs": options}, "weight": 1.0}
     train = {
@@ -88,12 +96,16 @@ def make_small_box(teacher: nn.Module, student: nn.Module, hook: str | None = No
     return get_distillation_box(teacher, student, {}, train, torch.device("cpu"), None, False, 1)
 
 
-def test_every_step_has_the_loss_of_wsl_loss_and_the_teacher_stays_as_it_is(configuration: dict[str, Any]) -> None:
+def test_every_step_has_the_loss_of_wsl_loss_and_the_teacher_stays_as_it_is(
+    configuration: dict[str, Any],
+) -> None:
     configuration["train"]["num_epochs"] = 10
     box = make_box(configuration)
     teacher = copy.deepcopy(box.teacher_model).eval()
     seen: list[Tensor] = []
-    box.student_model.register_forward_hook(lambda module, inputs, output: seen.append(output.detach()))
+    box.student_model.register_forward_hook(
+        lambda module, inputs, output: seen.append(output.detach())
+    )
 
     losses = []
     for epoch in range(box.num_epochs):
@@ -119,7 +131,12 @@ def test_settings_are_those_of_the_paper(configuration: dict[str, Any]) -> None:
     assert (crop.size, crop.padding, crop.fill, flip.p) == ((32, 32), 4, 0, 0.5)
     box = make_box(configuration)
     ((criterion, weight),) = box.criterion.term_dict.values()
-    assert (weight, criterion.temperature, criterion.alpha, criterion.hard_weight) == (1, 4.0, 2.25, 1.0)
+    assert (weight, criterion.temperature, criterion.alpha, criterion.hard_weight) == (
+        1,
+        4.0,
+        2.25,
+        1.0,
+    )
     (group,) = box.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     rates = []
@@ -130,7 +147,9 @@ def test_settings_are_those_of_the_paper(configuration: dict[str, Any]) -> None:
     assert rates == pytest.approx([0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30)
 
 
-def test_refuses_a_teacher_checkpoint_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refuses_a_teacher_checkpoint_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no file '\./runs/resnet56/last\.pt'"):
         load_configuration()
@@ -151,7 +170,9 @@ def test_segmentation_in_mixed_precision_with_unlabelled_pixels() -> None:
     box = make_small_box(nn.Sequential(teacher), student, "0", **options, ignore_index=255)
     with torch.autocast("cpu", torch.bfloat16):
         loss = box.forward_process(images, targets)
-        expected = wsl_loss(student(images)["out"], teacher(images)["out"], targets, ignore_index=255)
+        expected = wsl_loss(
+            student(images)["out"], teacher(images)["out"], targets, ignore_index=255
+        )
     assert loss.dtype == torch.float32
     assert torch.equal(loss, expected)
 
@@ -159,14 +180,32 @@ def test_segmentation_in_mixed_precision_with_unlabelled_pixels() -> None:
 @pytest.mark.parametrize(
     ("student", "options", "message"),
     [
-        (Segmenter, {}, "the student's output is a dict: student_output_key must be one of 'out', got None"),
-        (nn.Conv2d, {"teacher_output_key": "x"}, "the teacher's output is no dict: .* must be None, got 'x'"),
-        (nn.Conv2d, {"teacher_module_path": "fc"}, "no output of the teacher's module 'fc': .* forward_hook: output"),
-        (lambda *size: nn.Conv2d(3, 6, 1), {}, r"must have the same shape, got \(2, 6, 4, 4\) and \(2, 5, 4, 4\)"),
+        (
+            Segmenter,
+            {},
+            "the student's output is a dict: student_output_key must be one of 'out', got None",
+        ),
+        (
+            nn.Conv2d,
+            {"teacher_output_key": "x"},
+            "the teacher's output is no dict: .* must be None, got 'x'",
+        ),
+        (
+            nn.Conv2d,
+            {"teacher_module_path": "fc"},
+            "no output of the teacher's module 'fc': .* forward_hook: output",
+        ),
+        (
+            lambda *size: nn.Conv2d(3, 6, 1),
+            {},
+            r"must have the same shape, got \(2, 6, 4, 4\) and \(2, 5, 4, 4\)",
+        ),
         (nn.Conv2d, {}, "WSL needs targets, .* got None"),
     ],
 )
-def test_refuses_outputs_without_logits(student: Any, options: dict[str, Any], message: str) -> None:
+def test_refuses_outputs_without_logits(
+    student: Any, options: dict[str, Any], message: str
+) -> None:
     targets = torch.zeros(2, 4, 4, dtype=torch.long) if "WSL needs" not in message else None
     box = make_small_box(nn.Conv2d(3, 5, 1), student(3, 5, 1), **options)
     with pytest.raises(ValueError, match=message):
@@ -174,9 +213,13 @@ def test_refuses_outputs_without_logits(student: Any, options: dict[str, Any], m
 
 
 def test_refuses_options() -> None:
-    with pytest.raises(ValueError, match="student_module_io must be 'input' or 'output', got 'out'"):
+    with pytest.raises(
+        ValueError, match="student_module_io must be 'input' or 'output', got 'out'"
+    ):
         WSL(student_module_io="out")
-    with pytest.raises(ValueError, match="alpha must be a number, got '225e-2'"):  # which PyYAML reads as a string
+    with pytest.raises(
+        ValueError, match="alpha must be a number, got '225e-2'"
+    ):  # which PyYAML reads as a string
         WSL(alpha="225e-2")
     with pytest.raises(TypeError, match="beta"):
         WSL(beta=0.5)

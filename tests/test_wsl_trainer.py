@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from weighted_soft_labels import reference
 
 for _module in ("transformers", "accelerate"):
-    pytest.importorskip(_module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]")
+    pytest.importorskip(
+        _module, reason=f"{_module} is missing: pip install weighted-soft-labels[frameworks]"
+    )
 
 FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
@@ -46,15 +48,31 @@ WSL = {"temperature": 3.0, "alpha": 1.5, "hard_weight": 0.75}
 Example = dict[str, list[int] | int]
 
 # One thread, as results are compared; and a download fails at once, wherever this runs.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "http_proxy": "http://127.0.0.1:9",
+    "https_proxy": "http://127.0.0.1:9",
+}
 
 
-def make_model(kind: str, seed: int, layers: int = 1, dropout: float = 0.0, **options: Any) -> PreTrainedModel:
+def make_model(
+    kind: str, seed: int, layers: int = 1, dropout: float = 0.0, **options: Any
+) -> PreTrainedModel:
     """In float64, and initialised far from 0, so that its logits tell the classes and the words apart."""
     torch.manual_seed(seed)
-    size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": layers}
+    size = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": layers,
+    }
     drop = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    fixed = {"vocab_size": VOCABULARY, "max_position_embeddings": 16, "initializer_range": 0.3, "num_labels": CLASSES}
+    fixed = {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 16,
+        "initializer_range": 0.3,
+        "num_labels": CLASSES,
+    }
     return KINDS[kind](BertConfig(**{**fixed, **size, **drop, **options})).double()
 
 
@@ -75,9 +93,15 @@ def make_data(kind: str, count: int = COUNT) -> list[Example]:
         words = torch.randint(1, VOCABULARY, (LENGTH,), generator=generator)
         labels = torch.randint(CLASSES, (LENGTH,), generator=generator)
         real = torch.arange(LENGTH) <= index * index % LENGTH
-        inputs = {"input_ids": words * real, "token_type_ids": torch.arange(LENGTH) // 3, "attention_mask": real.long()}
+        inputs = {
+            "input_ids": words * real,
+            "token_type_ids": torch.arange(LENGTH) // 3,
+            "attention_mask": real.long(),
+        }
         target = labels.where(real, -100) if kind == "token" else labels[0]
-        examples.append({name: value.tolist() for name, value in {**inputs, "labels": target}.items()})
+        examples.append(
+            {name: value.tolist() for name, value in {**inputs, "labels": target}.items()}
+        )
     return examples
 
 
@@ -95,9 +119,24 @@ def make_trainer(
     **options: Any,
 ) -> WSLTrainer:
     """Of plain gradient descent, one update a batch, with nothing but the options given on top."""
-    quiet = {"use_cpu": True, "disable_tqdm": True, "report_to": "none", "save_strategy": "no", "logging_steps": 1}
-    plain = {"optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
-    sizes = {"per_device_train_batch_size": 8, "per_device_eval_batch_size": 8, "num_train_epochs": 1}
+    quiet = {
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
+    plain = {
+        "optim": "sgd",
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
+    sizes = {
+        "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
+        "num_train_epochs": 1,
+    }
     data = make_data(kind) if data is None else data
     return WSLTrainer(
         student or make_student(kind),
@@ -127,7 +166,9 @@ class Recorder(TrainerCallback):
         self.updates: list[dict[str, Tensor]] = []
 
     def on_pre_optimizer_step(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.updates.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        self.updates.append(
+            {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        )
 
 
 def train_recorded(kind: str, out: Path, **options: Any) -> dict[str, Any]:
@@ -152,7 +193,9 @@ def assert_near(a: dict[str, Tensor], b: dict[str, Tensor], error: float = 1e-12
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_loss_and_gradient_are_those_of_the_reference(tmp_path: Path, kind: str, smoothing: float) -> None:
+def test_loss_and_gradient_are_those_of_the_reference(
+    tmp_path: Path, kind: str, smoothing: float
+) -> None:
     options = {"per_device_train_batch_size": COUNT, "label_smoothing_factor": smoothing}
     trained = train_recorded(kind, tmp_path, **options)
     loss, gradients = by_hand(kind, make_data(kind), label_smoothing=smoothing)
@@ -163,9 +206,15 @@ def test_loss_and_gradient_are_those_of_the_reference(tmp_path: Path, kind: str,
 
 def test_mixed_precision_is_that_of_the_trainer(tmp_path: Path) -> None:
     """Student and teacher compute in bfloat16, the loss in float32."""
-    student, teacher, recorder = make_student("token").float(), make_teacher("token").float(), Recorder()
+    student, teacher, recorder = (
+        make_student("token").float(),
+        make_teacher("token").float(),
+        Recorder(),
+    )
     options = {"bf16": True, "per_device_train_batch_size": COUNT}
-    trainer = make_trainer("token", tmp_path, student=student, teacher=teacher, callbacks=[recorder], **options)
+    trainer = make_trainer(
+        "token", tmp_path, student=student, teacher=teacher, callbacks=[recorder], **options
+    )
     trainer.train()
     assert trainer.teacher_logits.dtype == torch.bfloat16
     assert all(gradient.dtype == torch.float32 for gradient in recorder.updates[0].values())
@@ -174,8 +223,14 @@ def test_mixed_precision_is_that_of_the_trainer(tmp_path: Path) -> None:
 
 # Parts of a batch ---------------------------------------------------------------------------------------------------
 
-EVEN = {"accelerator_config": {"even_batches": False}}  # by default the last batch is filled with examples of the first
-IN_PARTS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4}
+EVEN = {
+    "accelerator_config": {"even_batches": False}
+}  # by default the last batch is filled with examples of the first
+IN_PARTS = {
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 4,
+}
 
 
 def main_of_a_process(out: Path) -> None:
@@ -191,7 +246,9 @@ def test_processes_and_accumulation_have_the_gradients_of_one_batch(tmp_path: Pa
     """Batches of 8, 8 and 7 examples, in two processes that accumulate two parts each."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     command = [sys.executable, *torchrun, __file__, str(tmp_path)]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     for kind, parts in torch.load(tmp_path / "results.pt", weights_only=True).items():
         whole = train_recorded(kind, tmp_path)
@@ -213,7 +270,9 @@ def test_data_parallel_keeps_the_scale(tmp_path: Path, kind: str, average: bool)
     trainer.train()
     assert isinstance(trainer.model_wrapped, nn.DataParallel)
     # The Trainer divides the number of labels in integers unless it averages.
-    assert_near(recorder.updates[0], by_hand(kind, make_data(kind))[1], error=1e-6 if average else 0.05)
+    assert_near(
+        recorder.updates[0], by_hand(kind, make_data(kind))[1], error=1e-6 if average else 0.05
+    )
 
 
 # The teacher --------------------------------------------------------------------------------------------------------
@@ -229,7 +288,9 @@ def test_teacher_stays_as_it_was_and_out_of_optimizer_and_checkpoint(tmp_path: P
     assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
     assert all(parameter.grad is None for parameter in teacher.parameters())
     assert not trainer.teacher_logits.requires_grad
-    optimized = {id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]}
+    optimized = {
+        id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
     assert optimized == {id(parameter) for parameter in trainer.model.parameters()}
     assert trainer.accelerator._models == [trainer.model]
 
@@ -248,7 +309,9 @@ def classifier(**options: Any) -> PreTrainedModel:
 
 
 def generator() -> PreTrainedModel:
-    return BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, is_decoder=True))
+    return BertLMHeadModel(
+        BertConfig(vocab_size=VOCABULARY, hidden_size=24, num_hidden_layers=1, is_decoder=True)
+    )
 
 
 NAMES = ("north", "east", "south", "west")
@@ -260,9 +323,18 @@ NAMES = ("north", "east", "south", "west")
         (lambda: "bert-base-uncased", "teacher must be a model of transformers, got str"),
         (lambda: classifier(num_labels=3), "must have the same num_labels, got 4 and 3"),
         (lambda: classifier(vocab_size=31), "must have the same vocab_size, got 30 and 31"),
-        (lambda: classifier(num_labels=1), "teacher must choose one of several labels, got num_labels = 1"),
-        (lambda: classifier(problem_type="multi_label_classification"), "problem_type = 'multi_label_classification'"),
-        (generator, "teacher must be a sequence or token classifier, got the generator BertLMHeadModel"),
+        (
+            lambda: classifier(num_labels=1),
+            "teacher must choose one of several labels, got num_labels = 1",
+        ),
+        (
+            lambda: classifier(problem_type="multi_label_classification"),
+            "problem_type = 'multi_label_classification'",
+        ),
+        (
+            generator,
+            "teacher must be a sequence or token classifier, got the generator BertLMHeadModel",
+        ),
     ],
 )
 def test_refuses_a_teacher_that_does_not_fit(tmp_path: Path, teacher: Any, message: str) -> None:
@@ -272,18 +344,24 @@ def test_refuses_a_teacher_that_does_not_fit(tmp_path: Path, teacher: Any, messa
 
 def test_refuses_labels_in_another_order(tmp_path: Path) -> None:
     student, teacher, shouting = (
-        classifier(id2label=dict(enumerate(names))) for names in (NAMES, NAMES[::-1], [name.upper() for name in NAMES])
+        classifier(id2label=dict(enumerate(names)))
+        for names in (NAMES, NAMES[::-1], [name.upper() for name in NAMES])
     )
     with pytest.raises(ValueError, match=r"in the same order, got \['north', .*\] and \['west', "):
         make_trainer("sequence", tmp_path, student=student, teacher=teacher)
     make_trainer("sequence", tmp_path, student=student, teacher=shouting)
-    make_trainer("sequence", tmp_path, student=student, teacher=classifier())  # LABEL_0 and so on say nothing
+    make_trainer(
+        "sequence", tmp_path, student=student, teacher=classifier()
+    )  # LABEL_0 and so on say nothing
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda example: example.pop("labels"), "needs class indices as labels, got labels = None beside input_ids"),
+        (
+            lambda example: example.pop("labels"),
+            "needs class indices as labels, got labels = None beside input_ids",
+        ),
         (lambda example: example.update(labels=0.5), "got labels of torch.float32"),
     ],
 )
@@ -304,7 +382,9 @@ def test_refuses_a_student_that_shares_layers_with_its_teacher(tmp_path: Path) -
 
 def test_teacher_reads_token_types_that_the_student_does_not(tmp_path: Path) -> None:
     torch.manual_seed(1)
-    config = DistilBertConfig(vocab_size=VOCABULARY, n_layers=1, n_heads=2, dim=16, num_labels=CLASSES)
+    config = DistilBertConfig(
+        vocab_size=VOCABULARY, n_layers=1, n_heads=2, dim=16, num_labels=CLASSES
+    )
     student = DistilBertForSequenceClassification(config).double()
     with pytest.raises(ValueError, match="pass remove_unused_columns=False"):
         make_trainer("sequence", tmp_path, student=student)
@@ -312,7 +392,9 @@ def test_teacher_reads_token_types_that_the_student_does_not(tmp_path: Path) -> 
     options = {"remove_unused_columns": False, "per_device_eval_batch_size": COUNT}
     trainer = make_trainer("sequence", tmp_path, student=student, **options)
     seen: list[dict[str, Any]] = []
-    trainer.teacher.register_forward_pre_hook(lambda *parts: seen.append(parts[-1]), with_kwargs=True)
+    trainer.teacher.register_forward_pre_hook(
+        lambda *parts: seen.append(parts[-1]), with_kwargs=True
+    )
     trainer.evaluate()
     assert seen[0]["token_type_ids"].equal(as_batch(make_data("sequence"))["token_type_ids"])
 
@@ -335,7 +417,9 @@ def test_script_trains_a_teacher_and_a_student(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"^(?:teacher|student): \d+\.\d\d %$", done.stdout, flags=re.MULTILINE)) == 2
+    assert (
+        len(re.findall(r"^(?:teacher|student): \d+\.\d\d %$", done.stdout, flags=re.MULTILINE)) == 2
+    )
     for name, layers in (("teacher", 2), ("student", 1)):
         saved = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / name)
         assert saved.config.num_hidden_layers == layers

@@ -31,7 +31,9 @@ BLOCK = 2**18  # logits at a time, of which there are about ten copies in scratc
 TAKES_MATRICES = False
 
 
-def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+def forward(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""
     loss = student.new_empty((student.shape[0], student.shape[2]), dtype=_dtype(student, teacher))
     count = _count(target, student.shape[1], options.ignore_index).to(loss.dtype)
@@ -43,7 +45,12 @@ def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, 
 
 
 def backward(
-    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    options: Options,
+    gradient: Tensor,
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     count = _count(target, student.shape[1], options.ignore_index).to(_dtype(student, teacher))
@@ -54,7 +61,9 @@ def backward(
 def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
     """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
     _count(target, student.shape[1], options.ignore_index)
-    found = student.new_empty((4, student.shape[0], student.shape[2]), dtype=_dtype(student, teacher))
+    found = student.new_empty(
+        (4, student.shape[0], student.shape[2]), dtype=_dtype(student, teacher)
+    )
     for b, r, _, kept, s, t in _statistics(student, teacher, target, options):
         block = torch.cat((s.ce, t.ce, *_combine(s, t, options.temperature)), 1)
         found[:, b, r] = torch.where(kept, block, 0.0).movedim(1, 0)
@@ -86,14 +95,20 @@ def _statistics(
     dtype = _dtype(student, teacher)
     for b, r in _blocks(student):
         q, kept = _label(target[b, ..., r], student.shape[1], options.ignore_index, dtype)
-        s, t = (_row(logits[b, :, r].to(dtype), q, options.temperature) for logits in (student, teacher))
+        s, t = (
+            _row(logits[b, :, r].to(dtype), q, options.temperature) for logits in (student, teacher)
+        )
         yield b, r, q, kept, s, t
 
 
 def _row(logits: Tensor, q: Tensor, temperature: float) -> Row:
-    leader = logits.argmax(1, keepdim=True)  # max(1) starts threads even for one row: in a forked child it hangs
+    leader = logits.argmax(
+        1, keepdim=True
+    )  # max(1) starts threads even for one row: in a forked child it hangs
     peak = logits.gather(1, leader)
-    z = logits - torch.where(peak == math.inf, math.nan, peak)  # inf - inf at `leader` would be left out as well
+    z = logits - torch.where(
+        peak == math.inf, math.nan, peak
+    )  # inf - inf at `leader` would be left out as well
     e, soft = z.exp(), (z / temperature).exp()
     rest, soft_rest = (mass.scatter(1, leader, 0.0).sum(1, keepdim=True) for mass in (e, soft))
     ce = q.sum(1, keepdim=True) * rest.log1p() - _expectation(q, z)
@@ -108,7 +123,9 @@ def _expectation(mass: Tensor, value: Tensor) -> Tensor:
 def _combine(student: Row, teacher: Row, temperature: float) -> tuple[Tensor, Tensor]:
     """The weight and the soft term of every row."""
     # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = torch.where(student.ce == math.inf, 1.0, -torch.expm1(-student.ce / (teacher.ce + EPS)))
+    weight = torch.where(
+        student.ce == math.inf, 1.0, -torch.expm1(-student.ce / (teacher.ce + EPS))
+    )
     dot = _expectation(teacher.soft, student.z)
     return weight, student.soft_rest.log1p() - dot / (temperature * (1 + teacher.soft_rest))
 
@@ -148,7 +165,9 @@ def _loss(student: Row, weight: Tensor, soft: Tensor, options: Options) -> Tenso
     return loss
 
 
-def _gradient(student: Row, teacher: Row, q: Tensor, weight: Tensor, unit: Tensor, options: Options) -> Tensor:
+def _gradient(
+    student: Row, teacher: Row, q: Tensor, weight: Tensor, unit: Tensor, options: Options
+) -> Tensor:
     smoothing, classes = options.label_smoothing, q.shape[1]
     gradient = torch.zeros_like(q)
     if options.hard_weight:
@@ -159,11 +178,15 @@ def _gradient(student: Row, teacher: Row, q: Tensor, weight: Tensor, unit: Tenso
         gradient = options.hard_weight * (mass * less + left)
     if options.alpha:
         less, sure = _softmax_less_1(student.soft, student.leader, student.soft_rest)
-        teacher_less, teacher_sure = _softmax_less_1(teacher.soft, teacher.leader, teacher.soft_rest)
+        teacher_less, teacher_sure = _softmax_less_1(
+            teacher.soft, teacher.leader, teacher.soft_rest
+        )
         agree = (student.leader == teacher.leader) & sure & teacher_sure
         left = torch.zeros_like(q).scatter_add(1, student.leader, (sure & ~agree).to(q.dtype))
         left = left.scatter_add(1, teacher.leader, -(teacher_sure & ~agree).to(q.dtype))
-        gradient = gradient + options.alpha * options.temperature * weight * (less - teacher_less + left)
+        gradient = gradient + options.alpha * options.temperature * weight * (
+            less - teacher_less + left
+        )
     return unit * gradient
 
 
@@ -203,7 +226,9 @@ def _count(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     return kept.sum()
 
 
-def _label(target: Tensor, classes: int, ignore_index: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _label(
+    target: Tensor, classes: int, ignore_index: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Class probabilities (b, C, r), and which rows take part (b, 1, r)."""
     if target.is_floating_point():
         return target.to(dtype), torch.ones_like(target[:, :1], dtype=torch.bool)

@@ -27,13 +27,17 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in `_rows
 _NOTHING = (0, (0, 0, 0), 0)
 _BLOCK = 2**20  # logits that are gathered for `_eager` at a time
 _PARALLEL_FOR = 0  # the address of the C function that lends torch's threads
-_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
+_LIBRARY = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(
+    sys.platform, "libtorch_cpu.so"
+)
 with suppress(OSError, AttributeError):
     _lend = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY)).torch_parallel_for
     _PARALLEL_FOR = ctypes.cast(_lend, ctypes.c_void_p).value or 0
 
 
-def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+def forward(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1. Takes (R, C) logits and (R,) labels, too."""
     if _takes(student, teacher, target):
         return _walk(student, teacher, target, options, gradient, None)
@@ -43,7 +47,12 @@ def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, 
 
 
 def backward(
-    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    options: Options,
+    gradient: Tensor,
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     if _takes(student, teacher, target):
@@ -57,7 +66,9 @@ def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) ->
     if not _takes(student, teacher, target):
         return _eager.terms(student, teacher, target, options)
     found = torch.empty((4, *target.shape), dtype=torch.float32, device="cpu")
-    odd, _ = _run(student, teacher, target.long().contiguous(), options._replace(reduction="terms"), found)
+    odd, _ = _run(
+        student, teacher, target.long().contiguous(), options._replace(reduction="terms"), found
+    )
     for b, r, s, t, y in _odd_rows(found[0], student, teacher, target) if odd else ():
         found[:, b, r] = _eager.terms(s, t, y, options)[:, 0]
     return found
@@ -69,12 +80,21 @@ TAKES_MATRICES = True  # four views would cost as much as the loss of a small ba
 
 def _takes(student: Tensor, teacher: Tensor, target: Tensor) -> bool:
     """Whether `_rows.c` reads these. A lazy negation (`z.conj().imag`) has the wrong sign in memory."""
-    read = student.dtype in _CODES and teacher.dtype in _CODES and not (student.is_neg() or teacher.is_neg())
+    read = (
+        student.dtype in _CODES
+        and teacher.dtype in _CODES
+        and not (student.is_neg() or teacher.is_neg())
+    )
     return read and not target.is_floating_point() and student.shape[1] < 2**31 - 64
 
 
 def _walk(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None, upstream: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    upstream: Tensor | None,
 ) -> Tensor:
     """The loss; `gradient` is filled for the incoming gradient `upstream` (None: 1)."""
     target = target.long().contiguous()
@@ -87,7 +107,9 @@ def _walk(
         return loss
     each, count = options._replace(reduction="none"), count if options.reduction == "mean" else 1
     if student.dim() == 2:
-        student, teacher, target, gradient, losses = _viewed(student, teacher, target, gradient, losses)
+        student, teacher, target, gradient, losses = _viewed(
+            student, teacher, target, gradient, losses
+        )
     for b, r, s, t, y in _odd_rows(losses, student, teacher, target):
         found = torch.empty_like(s, dtype=torch.float32)
         losses[b, r] = _eager.forward(s, t, y, each, found)[0]
@@ -123,7 +145,9 @@ def _run(
         student.shape if student.dim() == 3 else (1, *student.shape[::-1]),
         (student.data_ptr(), _strides(student), _CODES[student.dtype]),
         (teacher.data_ptr(), _strides(teacher), _CODES[teacher.dtype]),
-        _NOTHING if gradient is None else (gradient.data_ptr(), _strides(gradient), _CODES[gradient.dtype]),
+        _NOTHING
+        if gradient is None
+        else (gradient.data_ptr(), _strides(gradient), _CODES[gradient.dtype]),
         target.data_ptr(),
         out.data_ptr(),
         0 if loss is None else loss.data_ptr(),

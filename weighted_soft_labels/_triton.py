@@ -81,7 +81,9 @@ class Logits(NamedTuple):
 class Row(NamedTuple):
     """What is known of one set of logits: of rows, [ROWS], or of what one thread has seen of them, [ROWS, LANES]."""
 
-    peak: tl.tensor  # maximum, where z is 0; never -inf, as it is subtracted from logits that may be
+    peak: (
+        tl.tensor
+    )  # maximum, where z is 0; never -inf, as it is subtracted from logits that may be
     others: tl.tensor  # sum of exp(z) without the label
     soft_others: tl.tensor  # the same of exp(z / T)
     qz: tl.tensor  # for probabilities: sum of q * z without the label
@@ -124,7 +126,9 @@ class Scales(NamedTuple):
 @triton.jit
 def _log1p(x):
     """log(1 + x) for x >= 0 to float32 precision; the hardware logarithm has no relative precision near 1."""
-    n = ((1 + x).to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000  # of 1 + x = 2^n m, 3/4 <= m < 3/2, times 2^23
+    n = (
+        (1 + x).to(tl.int32, bitcast=True) - 0x3F400000
+    ) & -0x800000  # of 1 + x = 2^n m, 3/4 <= m < 3/2, times 2^23
     scale = (0x3F800000 - n).to(tl.float32, bitcast=True)  # 2^-n
     f = x * scale + (scale - 1)  # m - 1, exact for n = 0
     s = f / (2 + f)  # log(m) = 2 atanh(s), 6 terms of which are exact to 1e-9
@@ -216,7 +220,11 @@ def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
     """The label is the class with the most mass, which of an index has all of it."""
     exists = row < rows
     if plan.PROBABILITIES:
-        kept, label, q = exists, tl.zeros([plan.ROWS], tl.int32), tl.zeros([plan.ROWS], tl.float32) - float("inf")
+        kept, label, q = (
+            exists,
+            tl.zeros([plan.ROWS], tl.int32),
+            tl.zeros([plan.ROWS], tl.float32) - float("inf"),
+        )
         for start in range(0, plan.CLASSES, plan.TILE):
             lane, step, mask = _columns(start, exists, plan)
             mass = tl.where(mask, _load(target, lane + step, mask, plan), float("-inf"))
@@ -246,10 +254,14 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
     1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
     """
     if COUNT == 1:
-        share /= tl.sum(_kept(target, size.to(tl.int32), stride, ignore_index), axis=0).to(tl.float32)
+        share /= tl.sum(_kept(target, size.to(tl.int32), stride, ignore_index), axis=0).to(
+            tl.float32
+        )
     elif COUNT == 2:
         part = tl.arange(0, 256)
-        share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(tl.float32)
+        share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(
+            tl.float32
+        )
     return share
 
 
@@ -271,10 +283,19 @@ def _block(student, teacher, target, start, place, known, inverse, plan: tl.cons
     lane, step, mask = _columns(start, place.kept, plan)
     columns = lane + step
     s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
-    student_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, s, float("-inf"))), known.student.peak)
-    teacher_peak = tl.maximum(_most(tl.where(columns < plan.CLASSES, t, float("-inf"))), known.teacher.peak)
-    if plan.TILE >= plan.CLASSES:  # else a thread's own are as good, and nothing waits for other warps
-        student_peak, teacher_peak = tl.max(student_peak, 1, keep_dims=True), tl.max(teacher_peak, 1, keep_dims=True)
+    student_peak = tl.maximum(
+        _most(tl.where(columns < plan.CLASSES, s, float("-inf"))), known.student.peak
+    )
+    teacher_peak = tl.maximum(
+        _most(tl.where(columns < plan.CLASSES, t, float("-inf"))), known.teacher.peak
+    )
+    if (
+        plan.TILE >= plan.CLASSES
+    ):  # else a thread's own are as good, and nothing waits for other warps
+        student_peak, teacher_peak = (
+            tl.max(student_peak, 1, keep_dims=True),
+            tl.max(teacher_peak, 1, keep_dims=True),
+        )
     others = mask & (_tile(place.label) - lane != step)  # in one comparison with a constant
     q = tl.where(others, _load(target, columns, mask, plan), 0.0) if plan.PROBABILITIES else s
     student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
@@ -312,7 +333,14 @@ def _join(a, b, inverse, plan: tl.constexpr):
 def _nothing(student_peak, teacher_peak, plan: tl.constexpr):
     """Statistics of no class, seen from these maxima."""
     zero = tl.zeros([plan.ROWS, plan.LANES], tl.float32)
-    return Statistics(Row(student_peak, zero, zero, zero), Row(teacher_peak, zero, zero, zero), zero, zero, zero, zero)
+    return Statistics(
+        Row(student_peak, zero, zero, zero),
+        Row(teacher_peak, zero, zero, zero),
+        zero,
+        zero,
+        zero,
+        zero,
+    )
 
 
 @triton.jit
@@ -321,16 +349,28 @@ def _across(known):
     s, t = known.student, known.teacher
     s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
     t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
-    return Statistics(s, t, tl.sum(known.dot, 1), tl.sum(known.z_sum, 1), tl.sum(known.taken, 1), tl.sum(known.mass, 1))
+    return Statistics(
+        s,
+        t,
+        tl.sum(known.dot, 1),
+        tl.sum(known.z_sum, 1),
+        tl.sum(known.taken, 1),
+        tl.sum(known.mass, 1),
+    )
 
 
 @triton.jit
 def _walk(student, teacher, target, place, known, inverse, plan: tl.constexpr):
     """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
     for start in range(0, plan.CLASSES, plan.TILE):
-        _s, _t, s, t, dot, z_sum, taken, mass = _block(student, teacher, target, start, place, known, inverse, plan)
+        _s, _t, s, t, dot, z_sum, taken, mass = _block(
+            student, teacher, target, start, place, known, inverse, plan
+        )
         known = _join(known, Statistics(s, t, dot, z_sum, taken, mass), inverse, plan)
-    s_peak, t_peak = tl.max(known.student.peak, 1, keep_dims=True), tl.max(known.teacher.peak, 1, keep_dims=True)
+    s_peak, t_peak = (
+        tl.max(known.student.peak, 1, keep_dims=True),
+        tl.max(known.teacher.peak, 1, keep_dims=True),
+    )
     return _join(known, _nothing(s_peak, t_peak, plan), inverse, plan)
 
 
@@ -341,7 +381,9 @@ def _walk(student, teacher, target, place, known, inverse, plan: tl.constexpr):
 def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
     # An index that names no class may not be followed: its element is NaN.
     followed = place.kept & (place.label >= 0)
-    x = tl.load(logits.address + place.label.to(tl.int64) * logits.stride, followed, other=float("nan")).to(tl.float32)
+    x = tl.load(
+        logits.address + place.label.to(tl.int64) * logits.stride, followed, other=float("nan")
+    ).to(tl.float32)
     z = tl.where(place.kept, x - row.peak, 0.0)
     e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
     # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
@@ -358,7 +400,9 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
     dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
     # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
     # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7)))
+    weight = tl.where(
+        student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7))
+    )
     soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
     hard = student.ce
     if plan.SMOOTHING:
@@ -367,7 +411,11 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
     # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
     # class to which the teacher gives mass.
     weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-    return weight, soft, _product(settings.hard_weight, hard) + _product(settings.alpha_t2, weighted)
+    return (
+        weight,
+        soft,
+        _product(settings.hard_weight, hard) + _product(settings.alpha_t2, weighted),
+    )
 
 
 # --- gradient ---
@@ -376,29 +424,44 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
 @triton.jit
 def _scales(known, student, teacher, q, weight, unit, settings, plan: tl.constexpr):
     """`unit` is the incoming gradient of every row, 0 where it is ignored; q is the label's mass."""
-    hard_weight, smoothed = settings.hard_weight * unit, settings.hard_weight * settings.smoothing * unit
+    hard_weight, smoothed = (
+        settings.hard_weight * unit,
+        settings.hard_weight * settings.smoothing * unit,
+    )
     of_q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
     others_q = of_q * known.mass + smoothed
     hard = (others_q + of_q * q) / (1 + student.rest)
     soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_rest)
     # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    ratio = tl.where(student.soft_rest == teacher.soft_rest, 1.0, (1 + student.soft_rest) / (1 + teacher.soft_rest))
+    ratio = tl.where(
+        student.soft_rest == teacher.soft_rest,
+        1.0,
+        (1 + student.soft_rest) / (1 + teacher.soft_rest),
+    )
     # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
     others, soft_others = known.student.others, known.student.soft_others
     at_label = tl.where(others < student.e, others_q - hard * others, hard * student.e - of_q * q)
-    sure, unsure = ratio * known.teacher.soft_others - soft_others, student.soft - ratio * teacher.soft
+    sure, unsure = (
+        ratio * known.teacher.soft_others - soft_others,
+        student.soft - ratio * teacher.soft,
+    )
     at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
     return Scales(hard, soft, ratio, uniform, of_q, at_label)
 
 
 @triton.jit
-def _write(gradient, student_z, teacher_z, target, start, place, scales, inverse, plan: tl.constexpr):
+def _write(
+    gradient, student_z, teacher_z, target, start, place, scales, inverse, plan: tl.constexpr
+):
     """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
     lane, step, mask = _columns(start, place.exists, plan)
     e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
     _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
     # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
-    out = _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft) + _tile(scales.hard) * e
+    out = (
+        _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft)
+        + _tile(scales.hard) * e
+    )
     if plan.SMOOTHING:
         out -= _tile(scales.uniform)
     if plan.PROBABILITIES:
@@ -411,7 +474,17 @@ def _write(gradient, student_z, teacher_z, target, start, place, scales, inverse
 
 
 @triton.jit
-def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADIENT: tl.constexpr, plan: tl.constexpr):
+def _run(
+    operands,
+    counted,
+    rows,
+    ignore_index,
+    upstream,
+    share,
+    settings,
+    GRADIENT: tl.constexpr,
+    plan: tl.constexpr,
+):
     """A program's rows, their terms, loss and unit, what a row counts; with GRADIENT its gradient is written."""
     inverse = settings.inverse
     blocks = tl.cdiv(rows, plan.ROWS)
@@ -422,13 +495,21 @@ def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADI
     target = _logits(operands[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
     gradient = _logits(operands[3], batch, row, plan.VECTOR)
     place = _place(target, batch, row, rows, ignore_index, plan)
-    unit = _unit(operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT)
+    unit = _unit(
+        operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT
+    )
     if upstream is not None:
-        unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(tl.float32)
-    lowest = tl.full([plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32)  # of finite numbers
+        unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(
+            tl.float32
+        )
+    lowest = tl.full(
+        [plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32
+    )  # of finite numbers
     known = _nothing(lowest, lowest, plan)
     if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, s, t, dot, zs, n, mass = _block(student, teacher, target, 0, place, known, inverse, plan)
+        student_z, teacher_z, s, t, dot, zs, n, mass = _block(
+            student, teacher, target, 0, place, known, inverse, plan
+        )
         known = Statistics(s, t, dot, zs, n, mass)
     else:
         known = _walk(student, teacher, target, place, known, inverse, plan)
@@ -437,15 +518,22 @@ def _run(operands, counted, rows, ignore_index, upstream, share, settings, GRADI
     t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
     weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
     if GRADIENT:
-        scales = _scales(known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan)
+        scales = _scales(
+            known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan
+        )
         last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
         for back in range(0, plan.CLASSES, plan.TILE):
             if plan.TILE < plan.CLASSES:
                 lane, step, mask = _columns(last - back, place.kept, plan)
-                x, y = _load(student, lane + step, mask, plan), _load(teacher, lane + step, mask, plan)
+                x, y = (
+                    _load(student, lane + step, mask, plan),
+                    _load(teacher, lane + step, mask, plan),
+                )
                 student_z = tl.where(mask, x - _tile(known.student.peak), float("-inf"))
                 teacher_z = tl.where(mask, y - _tile(known.teacher.peak), float("-inf"))
-            _write(gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan)
+            _write(
+                gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan
+            )
     return place, (s.ce, t.ce, weight, soft), loss, unit
 
 
@@ -468,7 +556,11 @@ def _forward_kernel(
     )  # fmt: skip
     if TERMS:
         for i in tl.static_range(4):
-            tl.store(loss + i * place.size + place.index, tl.where(place.kept, terms[i], 0.0), place.exists)
+            tl.store(
+                loss + i * place.size + place.index,
+                tl.where(place.kept, terms[i], 0.0),
+                place.exists,
+            )
     else:
         # Nothing to average: 0 / 0.
         tl.store(loss + place.index, tl.where(place.kept, total, 0.0) * unit, place.exists)
@@ -501,10 +593,14 @@ def _scale_kernel(gradient, upstream, size):
     if factor != 1:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
             i = start + tl.arange(0, BLOCK)
-            if start + BLOCK <= size:  # without a mask, of which the compiler does not know that it allows 16 bytes
+            if (
+                start + BLOCK <= size
+            ):  # without a mask, of which the compiler does not know that it allows 16 bytes
                 tl.store(gradient + i, tl.load(gradient + i).to(tl.float32) * factor)
             else:
-                tl.store(gradient + i, tl.load(gradient + i, i < size).to(tl.float32) * factor, i < size)
+                tl.store(
+                    gradient + i, tl.load(gradient + i, i < size).to(tl.float32) * factor, i < size
+                )
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -521,7 +617,9 @@ def _count_kernel(target, counted, size, ignore_index):
 TAKES_MATRICES = False
 
 
-def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None) -> Tensor:
+def forward(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+) -> Tensor:
     """The reduced loss; fills `gradient` for an incoming gradient of 1."""
     loss = _launch_forward(student, teacher, target, options, gradient, False)
     if options.reduction == "none":
@@ -531,7 +629,12 @@ def forward(student: Tensor, teacher: Tensor, target: Tensor, options: Options, 
 
 
 def backward(
-    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, options: Options, gradient: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    upstream: Tensor,
+    options: Options,
+    gradient: Tensor,
 ) -> None:
     """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     with torch.cuda.device_of(student):
@@ -559,7 +662,12 @@ _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def _launch_forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None, terms: bool
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    terms: bool,
 ) -> Tensor:
     loss = student.new_empty((4,) * terms + student.shape[::2], dtype=torch.float32)
     tensors = (student, teacher, target, student if gradient is None else gradient, loss)
@@ -589,9 +697,15 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
     """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
     counted = student  # any address will do where a pointer is not followed
     if options.reduction != "mean" or target.is_floating_point():
-        return 0, counted, 1 / max(student.shape[0] * student.shape[2], 1) if options.reduction == "mean" else 1.0
+        return (
+            0,
+            counted,
+            1 / max(student.shape[0] * student.shape[2], 1) if options.reduction == "mean" else 1.0,
+        )
     # To read 1024 labels takes no time, and saves a launch.
-    if target.numel() <= 1024 and (len(target) == 1 or target.stride(0) == target.shape[1] * target.stride(1)):
+    if target.numel() <= 1024 and (
+        len(target) == 1 or target.stride(0) == target.shape[1] * target.stride(1)
+    ):
         return 1, counted, 1.0
     labels = target.reshape(-1).contiguous()
     counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
@@ -621,7 +735,11 @@ def _launch(
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
     walked = (0, 1, 2, 3) if probabilities else (0, 1, 3)
     largest = max(tensors[i].element_size() for i in walked)
-    vector = 1 if pixels else math.gcd(16 // largest, classes, *(strides[i][j] for i in walked for j in (0, 2)))
+    vector = (
+        1
+        if pixels
+        else math.gcd(16 // largest, classes, *(strides[i][j] for i in walked for j in (0, 2)))
+    )
     lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
     k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
     if classes > (512 if pixels else 8192):
@@ -632,7 +750,13 @@ def _launch(
     alpha_t = options.alpha * options.temperature
     inverse, alpha_t2 = 1 / options.temperature, alpha_t * options.temperature
     settings = (inverse, alpha_t, alpha_t2, options.hard_weight, options.label_smoothing)
-    scalars = (rows, options.ignore_index, *settings, share, *(stride for operand in strides for stride in operand))
+    scalars = (
+        rows,
+        options.ignore_index,
+        *settings,
+        share,
+        *(stride for operand in strides for stride in operand),
+    )
     return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
         "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0, "num_warps": warps,

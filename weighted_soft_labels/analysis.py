@@ -158,7 +158,9 @@ def regularization_samples(
         s, t = (_rows(logits, box) for logits in (student, teacher))
         s, t = s - s.amax(-1, keepdim=True), t - t.amax(-1, keepdim=True)
         if target.is_floating_point():
-            rows = _regularize_along(_rows(_classes_last(target), box), s, t, options.temperature, rule)
+            rows = _regularize_along(
+                _rows(_classes_last(target), box), s, t, options.temperature, rule
+            )
         else:
             label, kept = _label(target[box], classes, options.ignore_index)
             rows = _regularize(label, s, t, options.temperature, rule) & kept.squeeze(-1)
@@ -239,13 +241,17 @@ def _check_models(logits: Tensor, target: Tensor) -> None:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
     shape = tuple(logits.shape)
     if len(shape) < 2:
-        raise ValueError(f"logits must be (M, C), (M, N, C) or (M, N, C, d1, ..., dk), got shape {shape}")
+        raise ValueError(
+            f"logits must be (M, C), (M, N, C) or (M, N, C, d1, ..., dk), got shape {shape}"
+        )
     if shape[0] == 0:
         raise ValueError(f"logits must be those of at least one model, got shape {shape}")
     if shape[min(2, len(shape) - 1)] == 0:
         raise ValueError(f"logits must have at least one class, got shape {shape}")
     if isinstance(target, Tensor) and target.device != logits.device:
-        raise ValueError(f"logits and target must be on the same device, got {logits.device} and {target.device}")
+        raise ValueError(
+            f"logits and target must be on the same device, got {logits.device} and {target.device}"
+        )
     check_tensors(logits[0], logits[0], target)
 
 
@@ -284,8 +290,16 @@ def _label(target: Tensor, classes: int, ignore_index: int | None = None) -> tup
     label = target.reshape(-1, 1).long()
     inside = (label >= 0) & (label < classes)
     ignored = torch.zeros_like(inside) if ignore_index is None else label == ignore_index
-    if label.device.type == "cpu" and not torch.compiler.is_compiling() and not (inside | ignored).all():
-        legal = f"[0, {classes})" if ignore_index is None else f"[0, {classes}) or ignore_index ({ignore_index})"
+    if (
+        label.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and not (inside | ignored).all()
+    ):
+        legal = (
+            f"[0, {classes})"
+            if ignore_index is None
+            else f"[0, {classes}) or ignore_index ({ignore_index})"
+        )
         wrong = int(label[~(inside | ignored)][0])
         raise IndexError(f"target must hold class indices in {legal}, got {wrong}")
     kept = inside & ~ignored
@@ -295,12 +309,18 @@ def _label(target: Tensor, classes: int, ignore_index: int | None = None) -> tup
 # --- the rules of regularization samples; logits are (n, C) with maximum 0, results (n,) ---
 
 
-def _regularize(label: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str) -> Tensor:
+def _regularize(
+    label: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str
+) -> Tensor:
     s, t = _log_odds(student, label, temperature), _log_odds(teacher, label, temperature)
-    log_lag = math.log(temperature) + F.logsigmoid(t) + F.logsigmoid(-s) + (-torch.expm1(s - t)).log()
+    log_lag = (
+        math.log(temperature) + F.logsigmoid(t) + F.logsigmoid(-s) + (-torch.expm1(s - t)).log()
+    )
     log_lag = torch.where(s == t, -math.inf, log_lag)  # also where both are infinite
     limit = math.log(2) + F.logsigmoid(-_log_odds(student, label, 1.0))
-    return (s > t) | {"magnitude": log_lag > limit, "opposing": s > t, "signed": log_lag < limit}[rule]
+    return (s > t) | {"magnitude": log_lag > limit, "opposing": s > t, "signed": log_lag < limit}[
+        rule
+    ]
 
 
 def _log_odds(z: Tensor, label: Tensor, temperature: float) -> Tensor:
@@ -309,7 +329,9 @@ def _log_odds(z: Tensor, label: Tensor, temperature: float) -> Tensor:
     return z.gather(-1, label).squeeze(-1) / temperature - (others / temperature).logsumexp(-1)
 
 
-def _regularize_along(q: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str) -> Tensor:
+def _regularize_along(
+    q: Tensor, student: Tensor, teacher: Tensor, temperature: float, rule: str
+) -> Tensor:
     """For class probabilities; where the probabilities of all but one class underflow, g and a are 0."""
     p = student.softmax(-1)
     p_student, p_teacher = (student / temperature).softmax(-1), (teacher / temperature).softmax(-1)

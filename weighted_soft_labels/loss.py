@@ -102,7 +102,9 @@ def wsl_loss(
         >>> print(f"{loss.item():.4f}")
         24.7993
     """
-    options = check_options(Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction))
+    options = check_options(
+        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+    )
     check_tensors(student_logits, teacher_logits, target)
     # Nothing of the teacher's graph, or of a learned target's, is kept alive by the loss.
     teacher_logits = teacher_logits.detach() if teacher_logits.requires_grad else teacher_logits
@@ -111,7 +113,9 @@ def wsl_loss(
         wanted = student_logits.requires_grad and torch.is_grad_enabled()
         loss, _ = _WSL.apply(student_logits, teacher_logits, target, options, wanted, True)
     elif torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        loss, _ = torch.ops.weighted_soft_labels.forward(student_logits, teacher_logits, target, False, *options)
+        loss, _ = torch.ops.weighted_soft_labels.forward(
+            student_logits, teacher_logits, target, False, *options
+        )
     else:
         loss, _ = _FunctionalWSL.apply(student_logits, teacher_logits, target, options, True, False)
     result: Tensor = loss
@@ -161,21 +165,37 @@ class WSLLoss(nn.Module):
 def check_options(options: Options) -> Options:
     """The options as plain numbers. Raises ValueError for one that is no number, or out of range."""
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
-    if not (type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float) or (
-        type(ignore_index) is not int
-    ):
+    if not (
+        type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float
+    ) or (type(ignore_index) is not int):
         kinds = dict.fromkeys(Options._fields[:4], float) | {"ignore_index": int}
-        options = options._replace(**{name: _number(name, getattr(options, name), kinds[name]) for name in kinds})
+        options = options._replace(
+            **{name: _number(name, getattr(options, name), kinds[name]) for name in kinds}
+        )
         temperature, alpha, hard_weight, label_smoothing, _, _ = options
-    fits = 1e-37 < temperature < 1e38 and alpha < 1e38 and alpha * temperature * temperature < 1e38 > hard_weight
-    if fits and alpha >= 0 and hard_weight >= 0 and 0 <= label_smoothing <= 1 and reduction in ("mean", "sum", "none"):
+    fits = (
+        1e-37 < temperature < 1e38
+        and alpha < 1e38
+        and alpha * temperature * temperature < 1e38 > hard_weight
+    )
+    if (
+        fits
+        and alpha >= 0
+        and hard_weight >= 0
+        and 0 <= label_smoothing <= 1
+        and reduction in ("mean", "sum", "none")
+    ):
         return options
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
         (0 <= hard_weight < math.inf, "hard_weight must be finite and >= 0", hard_weight),
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
-        (reduction in ("mean", "sum", "none"), "reduction must be one of mean, sum, none", reduction),
+        (
+            reduction in ("mean", "sum", "none"),
+            "reduction must be one of mean, sum, none",
+            reduction,
+        ),
     ):
         if not legal:
             raise ValueError(f"{expected}, got {value!r}")
@@ -185,9 +205,14 @@ def check_options(options: Options) -> Options:
 
 def _number(name: str, value: Any, kind: type) -> Any:
     """`value` as a float or int: of ints, Fractions, NumPy scalars and constant 0-dim tensors on the CPU."""
-    expected, legal = "a number" if kind is float else "an int", not isinstance(value, (bool, str, bytes))
+    expected, legal = (
+        "a number" if kind is float else "an int",
+        not isinstance(value, (bool, str, bytes)),
+    )
     if torch.compiler.is_compiling() and hasattr(value, "dtype"):
-        raise ValueError(f"{name} must be a Python {kind.__name__} in compiled code, got a {type(value).__name__}")
+        raise ValueError(
+            f"{name} must be a Python {kind.__name__} in compiled code, got a {type(value).__name__}"
+        )
     if isinstance(value, Tensor):
         expected += " (or a 0-dim tensor on the CPU that does not require grad)"
         legal = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
@@ -200,15 +225,23 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 
 def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
-    for name, tensor in (("student_logits", student), ("teacher_logits", teacher), ("target", target)):
+    for name, tensor in (
+        ("student_logits", student),
+        ("teacher_logits", teacher),
+        ("target", target),
+    ):
         if type(tensor) is not Tensor:
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
             if hasattr(tensor, "to_local"):
                 kind = type(tensor).__name__
-                raise TypeError(f"{name} must be a Tensor of this process, got a {kind}: pass .to_local()")
+                raise TypeError(
+                    f"{name} must be a Tensor of this process, got a {kind}: pass .to_local()"
+                )
         if tensor is not target and tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}"
+            )
     shape = student.shape
     if teacher.shape != shape:
         raise ValueError(
@@ -220,7 +253,10 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         raise ValueError(f"student_logits must have at least one class, got shape {tuple(shape)}")
 
     if target.dtype in DTYPES:
-        kind, expected = "class probabilities (floating point) must have the shape of the logits", shape
+        kind, expected = (
+            "class probabilities (floating point) must have the shape of the logits",
+            shape,
+        )
     elif target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise TypeError(
             "target must hold class indices (an integer dtype) or class probabilities "
@@ -230,7 +266,11 @@ def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         kind = "class indices (an integer dtype) must have the shape of the logits without the class dimension"
         expected = _row_shape(student)
     if target.shape != expected:
-        advice = "; pass one-hot labels as probabilities, target.float()" if target.shape == shape else ""
+        advice = (
+            "; pass one-hot labels as probabilities, target.float()"
+            if target.shape == shape
+            else ""
+        )
         raise ValueError(
             f"target of {kind}, {tuple(expected)} for logits of {tuple(shape)}, got {tuple(target.shape)}{advice}"
         )
@@ -278,7 +318,11 @@ def _row_shape(logits: Tensor) -> torch.Size:
 
 
 def _operands(student: Tensor, teacher: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _logits(student), _logits(teacher), _logits(target) if target.is_floating_point() else _rows(target)
+    return (
+        _logits(student),
+        _logits(teacher),
+        _logits(target) if target.is_floating_point() else _rows(target),
+    )
 
 
 def _empty_gradient(student: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -310,35 +354,49 @@ def _empty_rows(student: Tensor, teacher: Tensor, *leading: int) -> Tensor:
 # --- the operators: what they do, and what their outputs look like ---
 
 
-def _forward(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+def _forward(
+    student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
     """The loss, and its gradient for an incoming gradient of 1, empty unless it is wanted `ahead` of backward."""
     gradient = _kept_gradient(student, ahead)
     found = implementation(student, teacher)
     if student.dim() == 2 and found.TAKES_MATRICES:
-        loss = found.forward(student, teacher, target, Options(*options), gradient if ahead else None)
+        loss = found.forward(
+            student, teacher, target, Options(*options), gradient if ahead else None
+        )
     else:
         filled = _logits(gradient) if ahead else None
         loss = found.forward(*_operands(student, teacher, target), Options(*options), filled)
     return loss.view(_row_shape(student)) if loss.dim() else loss, gradient
 
 
-def _fake_forward(student: Tensor, teacher: Tensor, _: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward(
+    student: Tensor, teacher: Tensor, _: Tensor, ahead: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
     rows = _empty_rows(student, teacher)
     return rows if "none" in options else rows.new_empty(()), _kept_gradient(student, ahead)
 
 
-def _backward(student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any) -> Tensor:
+def _backward(
+    student: Tensor, teacher: Tensor, target: Tensor, upstream: Tensor, *options: Any
+) -> Tensor:
     """The gradient for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
     gradient = _empty_gradient(student)
     upstream = _rows(upstream) if options[-1] == "none" else upstream
     operands = _operands(student, teacher, target)
-    implementation(student, teacher).backward(*operands, upstream, Options(*options), _logits(gradient))
+    implementation(student, teacher).backward(
+        *operands, upstream, Options(*options), _logits(gradient)
+    )
     return gradient
 
 
-def _terms(student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int) -> Tensor:
+def _terms(
+    student: Tensor, teacher: Tensor, target: Tensor, temperature: float, ignore_index: int
+) -> Tensor:
     options = Options(temperature=temperature, ignore_index=ignore_index)
-    terms: Tensor = implementation(student, teacher).terms(*_operands(student, teacher, target), options)
+    terms: Tensor = implementation(student, teacher).terms(
+        *_operands(student, teacher, target), options
+    )
     return terms.view(4, *_row_shape(student))
 
 
@@ -358,22 +416,30 @@ def _check_incoming(upstream: Tensor | None, *second: Tensor | None) -> None:
                 "Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
             )
     functorch = torch._C._functorch
-    if upstream is not None and (functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)):
+    if upstream is not None and (
+        functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream)
+    ):
         _refuse_transform()
 
 
 def _scaled(gradient: Tensor, upstream: Tensor, plain: bool) -> Tensor:
     """A gradient that was formed for an incoming gradient of 1; in place where nobody comes by again."""
     if torch.is_grad_enabled() or not plain or _graph_is_kept():
-        return gradient * (upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream)
+        return gradient * (
+            upstream.unsqueeze(min(1, gradient.dim() - 1)) if upstream.dim() else upstream
+        )
     gradient = gradient.detach()
     implementation(gradient, gradient).scale_(gradient, upstream)
     return gradient
 
 
-def _autograd(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any) -> tuple[Tensor, Tensor]:
+def _autograd(
+    student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *options: Any
+) -> tuple[Tensor, Tensor]:
     if torch._C._are_functorch_transforms_active():  # eager ones come by _FunctionalWSL
-        raise NotImplementedError("wsl_loss in a torch.func transform: leave the transform out of the compiled code")
+        raise NotImplementedError(
+            "wsl_loss in a torch.func transform: leave the transform out of the compiled code"
+        )
     ahead = ahead or (torch.is_grad_enabled() and student.requires_grad)
     loss, gradient = _WSL.apply(student, teacher, target, options, ahead, False)
     return loss, gradient
@@ -396,7 +462,12 @@ def define(name: str, schema: str, run: Any, fake: Any, autograd: Any = None) ->
 _FORWARD = f"{_LOGITS}, bool ahead, {_OPTIONS}) -> (Tensor, Tensor)"
 _TERMS = f"{_LOGITS}, float temperature, int ignore_index) -> Tensor"
 define("forward", _FORWARD, _forward, _fake_forward, _autograd)
-define("backward", f"{_LOGITS}, Tensor upstream, {_OPTIONS}) -> Tensor", _backward, lambda s, *_: _empty_gradient(s))
+define(
+    "backward",
+    f"{_LOGITS}, Tensor upstream, {_OPTIONS}) -> Tensor",
+    _backward,
+    lambda s, *_: _empty_gradient(s),
+)
 define("terms", _TERMS, _terms, lambda s, t, *_: _empty_rows(s, t, 4))
 
 
@@ -413,7 +484,11 @@ def _plain(*tensors: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
         and _PLAIN.issuperset(map(type, tensors))
-        and not (_included(_PYTHON) or _included(_PRE_DISPATCH) or torch._C._are_functorch_transforms_active())
+        and not (
+            _included(_PYTHON)
+            or _included(_PRE_DISPATCH)
+            or torch._C._are_functorch_transforms_active()
+        )
     )
 
 
@@ -430,7 +505,9 @@ class _WSL(Function):
     jvp = staticmethod(_refuse_transform)  # type: ignore[assignment]
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:
         options, ahead, plain = arguments
         ctx.set_materialize_grads(False)
         ctx.options, ctx.dtype, ctx.plain = options, student.dtype, plain
@@ -440,7 +517,9 @@ class _WSL(Function):
             loss, gradient = _forward(student, teacher, target, False, *options)
             # A tensor made under inference_mode cannot be saved, and need not be: nothing can change it any more.
             ctx.held = [x if x.is_inference() else None for x in (student, teacher, target)]
-            ctx.save_for_backward(gradient, *(None if x.is_inference() else x for x in (student, teacher, target)))
+            ctx.save_for_backward(
+                gradient, *(None if x.is_inference() else x for x in (student, teacher, target))
+            )
             return loss, gradient
         else:
             loss, gradient = _forward(student, teacher, target, ahead, *options)
@@ -448,14 +527,18 @@ class _WSL(Function):
         return loss, gradient
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, second: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, upstream: Tensor | None, second: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         _check_incoming(upstream, second)
         if upstream is None:
             return (None,) * 6
         gradient, *inputs = ctx.saved_tensors
         if inputs:
             inputs = [saved if held is None else held for saved, held in zip(inputs, ctx.held)]
-            run = _backward if _plain(*inputs, upstream) else torch.ops.weighted_soft_labels.backward
+            run = (
+                _backward if _plain(*inputs, upstream) else torch.ops.weighted_soft_labels.backward
+            )
             with torch.no_grad():
                 found = run(*inputs, upstream, *ctx.options)
             if torch.is_grad_enabled():
@@ -481,7 +564,9 @@ class _FunctionalWSL(_WSL):
     vmap = staticmethod(_refuse_transform)
 
     @staticmethod
-    def forward(student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(
+        student: Tensor, teacher: Tensor, target: Tensor, *arguments: Any
+    ) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         return _below_autograd(student, teacher, target, True, *arguments[0])
 
     @staticmethod

@@ -54,12 +54,18 @@ def vocab_parallel_wsl_loss(
             CPUs on every process, on GPUs, where looking would mean waiting, on the process whose shards do not.
         TypeError, IndexError, RuntimeError, NotImplementedError: As :func:`wsl_loss`.
     """
-    options = loss.check_options(Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction))
+    options = loss.check_options(
+        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+    )
     check(student_logits, teacher_logits, target)
-    student, teacher = (x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits.detach()))
+    student, teacher = (
+        x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits.detach())
+    )
     arguments = (student, teacher, target.reshape(-1))
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        found: Tensor = torch.ops.weighted_soft_labels.forward(*arguments, False, *options, group.group_name)[0]
+        found: Tensor = torch.ops.weighted_soft_labels.forward(
+            *arguments, False, *options, group.group_name
+        )[0]
     else:
         found = loss._FunctionalWSL.apply(*arguments, (*options, group.group_name), True, False)[0]
     return found.view(target.shape) if reduction == "none" else found
@@ -69,8 +75,16 @@ def check(student: Tensor, teacher: Tensor, target: Tensor) -> None:
     """`check_tensors` for logits (..., C). Whether classes fit is for all processes to find out together, in `join`."""
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"target must hold class indices (an integer dtype), got {target.dtype}")
-    if isinstance(student, Tensor) and isinstance(teacher, Tensor) and 0 < student.dim() == teacher.dim():
-        teacher = teacher[..., :1].expand(*teacher.shape[:-1], student.shape[-1]) if teacher.shape[-1] else teacher
+    if (
+        isinstance(student, Tensor)
+        and isinstance(teacher, Tensor)
+        and 0 < student.dim() == teacher.dim()
+    ):
+        teacher = (
+            teacher[..., :1].expand(*teacher.shape[:-1], student.shape[-1])
+            if teacher.shape[-1]
+            else teacher
+        )
         student, teacher = (x.movedim(-1, 1) if x.dim() > 1 else x for x in (student, teacher))
     loss.check_tensors(student, teacher, target)
 
@@ -131,27 +145,44 @@ def _merge(shards: Statistics, temperature: float) -> tuple[Statistics, Tensor]:
         leader = peak.argmax(0, keepdim=True)
         top = peak.gather(0, leader)
         top = torch.where(top == math.inf, math.nan, top)
-        shift = peak - top.clamp(min=torch.finfo(top.dtype).min)  # of a shard without a chance -inf, also if all are
+        shift = peak - top.clamp(
+            min=torch.finfo(top.dtype).min
+        )  # of a shard without a chance -inf, also if all are
         e, soft = shift.exp(), (shift / temperature).exp()
         rest, soft_rest = (
-            (sums * scale + scale.scatter(0, leader, 0.0)).sum(0) for sums, scale in ((rest, e), (soft_rest, soft))
+            (sums * scale + scale.scatter(0, leader, 0.0)).sum(0)
+            for sums, scale in ((rest, e), (soft_rest, soft))
         )
         rows.append(Row(top[0], rest, soft_rest, label.sum(0)))
         shifts.append(shift)
         leaders.append(leader)
-    dot = torch.where(soft == 0, 0.0, soft * (shards.dot + shifts[0] * (1 + shards.teacher.soft_rest))).sum(0)
-    z_sum, classes = (shards.z_sum + shards.classes * shifts[0]).sum(0), shards.classes.expand_as(shift).sum(0)
+    dot = torch.where(
+        soft == 0, 0.0, soft * (shards.dot + shifts[0] * (1 + shards.teacher.soft_rest))
+    ).sum(0)
+    z_sum, classes = (
+        (shards.z_sum + shards.classes * shifts[0]).sum(0),
+        shards.classes.expand_as(shift).sum(0),
+    )
     return Statistics(rows[0], rows[1], dot, z_sum, classes), torch.cat(leaders)
 
 
-def _exchange(student: Tensor, teacher: Tensor, label: Tensor, temperature: float, shard: Shard) -> tuple[Any, Tensor]:
+def _exchange(
+    student: Tensor, teacher: Tensor, label: Tensor, temperature: float, shard: Shard
+) -> tuple[Any, Tensor]:
     """The statistics of all classes, and which of this shard are the leaders, (2, R): -1 where another has it."""
-    slots = student.new_zeros((shard.size, 11, student.shape[2]), dtype=_eager._dtype(student, teacher))
-    leaders, index = label.new_empty((2, student.shape[2])), torch.arange(student.shape[1], device=label.device)
+    slots = student.new_zeros(
+        (shard.size, 11, student.shape[2]), dtype=_eager._dtype(student, teacher)
+    )
+    leaders, index = (
+        label.new_empty((2, student.shape[2])),
+        torch.arange(student.shape[1], device=label.device),
+    )
     zero, one = slots.new_zeros(()), slots.new_ones(())
     for _, r in _eager._blocks(student):
         s, t = (logits[0, :, r].to(slots.dtype) for logits in (student, teacher))
-        own, other = (Row(x, zero, zero, torch.where(index[:, None] == label[r], x, 0.0)) for x in (s, t))
+        own, other = (
+            Row(x, zero, zero, torch.where(index[:, None] == label[r], x, 0.0)) for x in (s, t)
+        )
         known, leaders[:, r] = _merge(Statistics(own, other, zero, zero, one), temperature)
         slots[shard.rank, :, r] = torch.stack((*known.student, *known.teacher, *known[2:]))
     dist.all_reduce(slots, group=shard.group)
@@ -161,7 +192,12 @@ def _exchange(student: Tensor, teacher: Tensor, label: Tensor, temperature: floa
 
 
 def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None, shard: Shard
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    shard: Shard,
 ) -> Tensor:
     """As that of every implementation, of logits (1, C_local, R)."""
     temperature, smoothing, target = options.temperature, options.label_smoothing, target[0].long()
@@ -172,26 +208,46 @@ def forward(
     dot, inside = known.dot[:, None], (target >= 0) & (target < shard.classes)
     odd = torch.where(inside, 0.0, math.nan).to(dot.dtype)
     s, t = (
-        _eager.Row(dot, dot, torch.ones_like(dot), dot, row.rest[:, None], row.soft_rest[:, None], ce[:, None])
+        _eager.Row(
+            dot,
+            dot,
+            torch.ones_like(dot),
+            dot,
+            row.rest[:, None],
+            row.soft_rest[:, None],
+            ce[:, None],
+        )
         for row in known[:2]
         for ce in [row.rest.log1p() - (row.label - row.peak) + odd]
     )
     weight, soft = _eager._combine(s, t, temperature)
-    losses = _eager._loss(s._replace(z=(known.z_sum / known.classes)[:, None]), weight, soft, options)
+    losses = _eager._loss(
+        s._replace(z=(known.z_sum / known.classes)[:, None]), weight, soft, options
+    )
     losses = torch.where(kept, losses[:, 0], 0.0)[None]
     unit = odd + (1 / count.to(losses.dtype) if options.reduction == "mean" else 1)
     at = torch.arange(student.shape[1], device=label.device)[:, None]
     for _, r in _eager._blocks(student) if gradient is not None else ():
-        z, teacher_z = (x[0, :, r].to(losses.dtype) - row.peak[r] for x, row in zip((student, teacher), known))
-        found, leader, teacher_leader = torch.zeros_like(z), at == leaders[0, r], at == leaders[1, r]
+        z, teacher_z = (
+            x[0, :, r].to(losses.dtype) - row.peak[r] for x, row in zip((student, teacher), known)
+        )
+        found, leader, teacher_leader = (
+            torch.zeros_like(z),
+            at == leaders[0, r],
+            at == leaders[1, r],
+        )
         if options.hard_weight:
             less, sure = _softmax_less_1(z, known.student.rest[r], leader)
             q = (1 - smoothing) * (at == label[r]).to(z.dtype) + smoothing / known.classes[r]
             found = options.hard_weight * (less + (sure - q))
         if options.alpha:
             less, sure = _softmax_less_1(z / temperature, known.student.soft_rest[r], leader)
-            other = _softmax_less_1(teacher_z / temperature, known.teacher.soft_rest[r], teacher_leader)
-            found = found + options.alpha * temperature * weight[r, 0] * (less - other[0] + (sure - other[1]))
+            other = _softmax_less_1(
+                teacher_z / temperature, known.teacher.soft_rest[r], teacher_leader
+            )
+            found = found + options.alpha * temperature * weight[r, 0] * (
+                less - other[0] + (sure - other[1])
+            )
         gradient[0, :, r] = torch.where(kept[r], unit[r] * found, 0.0)  # type: ignore[index]
     if options.reduction == "none":
         return losses
@@ -204,7 +260,9 @@ def _softmax_less_1(z: Tensor, rest: Tensor, leader: Tensor) -> tuple[Tensor, Te
     return torch.where(sure, -rest, z.exp()) / (1 + rest), sure.to(z.dtype)
 
 
-def _forward(student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *others: Any) -> tuple[Tensor, Tensor]:
+def _forward(
+    student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *others: Any
+) -> tuple[Tensor, Tensor]:
     gradient, (*options, group) = loss._kept_gradient(student, ahead), others
     operands = loss._operands(student, teacher, target)
     filled = loss._logits(gradient) if ahead else None

@@ -64,7 +64,9 @@ def wsl_loss(
         label = target.detach().to(student_logits.dtype)
     else:
         kept = target.long() != ignore_index
-        index = torch.arange(classes, device=target.device).view(-1, *[1] * (student_logits.dim() - dim - 1))
+        index = torch.arange(classes, device=target.device).view(
+            -1, *[1] * (student_logits.dim() - dim - 1)
+        )
         label = (target.long().where(kept, 0).unsqueeze(dim) == index).to(student_logits.dtype)
     student_logits = student_logits.where(kept.unsqueeze(dim), 0)
     teacher_logits = teacher_logits.where(kept.unsqueeze(dim), 0)
@@ -77,7 +79,9 @@ def wsl_loss(
 
     student_ce = -_expectation(label, log_p_student, dim).detach()
     teacher_ce = -_expectation(label, log_p_teacher, dim)
-    weight = torch.where(student_ce.isposinf(), 1.0, -torch.expm1(-student_ce / (teacher_ce + 1e-7)))
+    weight = torch.where(
+        student_ce.isposinf(), 1.0, -torch.expm1(-student_ce / (teacher_ce + 1e-7))
+    )
     soft = -_expectation(soft_teacher, log_soft_student, dim)
     hard = -_expectation(smoothed, log_p_student, dim)
 
@@ -85,7 +89,9 @@ def wsl_loss(
     if hard_weight:
         loss = loss + hard_weight * hard
     if alpha:
-        loss = loss + alpha * temperature**2 * torch.where((weight == 0) & soft.isposinf(), torch.inf, weight * soft)
+        loss = loss + alpha * temperature**2 * torch.where(
+            (weight == 0) & soft.isposinf(), torch.inf, weight * soft
+        )
     loss = loss.where(kept, 0)
     if reduction == "mean":
         return loss.sum() / kept.sum()

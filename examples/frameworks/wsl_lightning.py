@@ -76,7 +76,9 @@ class Distillation(L.LightningModule):
     ) -> None:
         super().__init__()
         if not {*student.parameters()}.isdisjoint(teacher.parameters()):
-            raise ValueError("student and teacher must not share parameters: the teacher's are frozen. Pass a deepcopy")
+            raise ValueError(
+                "student and teacher must not share parameters: the teacher's are frozen. Pass a deepcopy"
+            )
         self.save_hyperparameters(ignore=("student", "teacher"))
         self.student = student
         self.teacher = teacher.eval().requires_grad_(False)
@@ -102,7 +104,10 @@ class Distillation(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         options = self.hparams
         return torch.optim.SGD(
-            self.student.parameters(), options.learning_rate, options.momentum, weight_decay=options.weight_decay
+            self.student.parameters(),
+            options.learning_rate,
+            options.momentum,
+            weight_decay=options.weight_decay,
         )
 
     def forward(self, inputs: Any) -> Tensor:
@@ -111,7 +116,9 @@ class Distillation(L.LightningModule):
     @torch.no_grad()
     def teacher_logits(self, inputs: Any) -> Tensor:
         if any(module.training for module in self.teacher.modules()):
-            raise ValueError("the teacher must be in eval mode, but something has put it into train mode")
+            raise ValueError(
+                "the teacher must be in eval mode, but something has put it into train mode"
+            )
         return self.teacher(inputs)
 
     def training_step(self, batch: Any, batch_index: int) -> Tensor:
@@ -125,19 +132,37 @@ class Distillation(L.LightningModule):
             self.log_dict({"loss": loss, **terms}, prog_bar=True, sync_dist=True)
         return loss
 
-    def mean_terms(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def mean_terms(
+        self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
         """Means of hard (without label smoothing), soft (before its scale) and weight, which are 0 where ignored."""
         temperature, ignore_index = self.criterion.temperature, self.criterion.ignore_index
-        terms = wsl_terms(student_logits, teacher_logits, target, temperature=temperature, ignore_index=ignore_index)
-        kept = terms.weight.numel() if target.is_floating_point() else (target.long() != ignore_index).sum()
+        terms = wsl_terms(
+            student_logits,
+            teacher_logits,
+            target,
+            temperature=temperature,
+            ignore_index=ignore_index,
+        )
+        kept = (
+            terms.weight.numel()
+            if target.is_floating_point()
+            else (target.long() != ignore_index).sum()
+        )
         values = {"hard": terms.student_ce, "soft": terms.soft, "weight": terms.weight}
         return {name: value.sum() / kept for name, value in values.items()}
 
     def validation_step(self, batch: Any, batch_index: int) -> None:
         inputs, target = unpack(batch)
         if target.is_floating_point():
-            raise ValueError(f"validation needs class indices (an integer dtype) as target, got {target.dtype}")
-        logits, target, ignore_index = self.student(inputs), target.long(), self.criterion.ignore_index
+            raise ValueError(
+                f"validation needs class indices (an integer dtype) as target, got {target.dtype}"
+            )
+        logits, target, ignore_index = (
+            self.student(inputs),
+            target.long(),
+            self.criterion.ignore_index,
+        )
         hard = F.cross_entropy(logits.float(), target, ignore_index=ignore_index, reduction="none")
         kept = target != ignore_index
         self.val_hard.update(hard[kept])
@@ -148,17 +173,27 @@ class Distillation(L.LightningModule):
 def unpack(batch: Any) -> tuple[Any, Tensor]:
     """Look first: a tensor of two images would unpack, too."""
     if not isinstance(batch, tuple | list) or len(batch) != 2 or not isinstance(batch[1], Tensor):
-        kinds = [type(part).__name__ for part in batch] if isinstance(batch, tuple | list) else type(batch).__name__
-        raise ValueError(f"a batch must be (inputs, target), as WSL weighs by the labels, got {kinds}")
+        kinds = (
+            [type(part).__name__ for part in batch]
+            if isinstance(batch, tuple | list)
+            else type(batch).__name__
+        )
+        raise ValueError(
+            f"a batch must be (inputs, target), as WSL weighs by the labels, got {kinds}"
+        )
     return batch[0], batch[1]
 
 
-def leave_out_teacher(module: Distillation, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]) -> None:
+def leave_out_teacher(
+    module: Distillation, state: dict[str, Any], prefix: str, metadata: Mapping[str, Any]
+) -> None:
     for name in [name for name in state if name.startswith(f"{prefix}teacher.")]:
         del state[name]
 
 
-def bring_teacher_along(module: Distillation, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def bring_teacher_along(
+    module: Distillation, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
     state.update(module.teacher.state_dict(prefix=f"{prefix}teacher."))
 
 
@@ -201,7 +236,9 @@ def accuracy(network: nn.Module, data: TensorDataset) -> float:
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--temperature", type=float, default=4.0, help="(4, the paper's for CIFAR-100)")
     option("--alpha", type=float, default=2.25, help="(2.25, the paper's for CIFAR-100)")
@@ -223,7 +260,11 @@ def main() -> None:
     train, test = load_splits()
     teacher = train_teacher(train)
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-    options = {"temperature": args.temperature, "alpha": args.alpha, "hard_weight": args.hard_weight}
+    options = {
+        "temperature": args.temperature,
+        "alpha": args.alpha,
+        "hard_weight": args.hard_weight,
+    }
     module = Distillation(student, teacher, **options, learning_rate=args.lr)
 
     few = TensorDataset(*(x[:STUDENT_IMAGES] for x in train.tensors))
@@ -242,9 +283,13 @@ def main() -> None:
         DataLoader(test, TEST_IMAGES),
     )
     if trainer.is_global_zero:
-        terms = ", ".join(f"{name} {trainer.callback_metrics[name]:.3f}" for name in ("hard", "soft", "weight"))
+        terms = ", ".join(
+            f"{name} {trainer.callback_metrics[name]:.3f}" for name in ("hard", "soft", "weight")
+        )
         print(f"last step logged: {terms}; all of them: {logger.log_dir}/metrics.csv")
-        print(f"test accuracy: teacher {accuracy(teacher, test):.2f} %, student {accuracy(student, test):.2f} %")
+        print(
+            f"test accuracy: teacher {accuracy(teacher, test):.2f} %, student {accuracy(student, test):.2f} %"
+        )
 
 
 if __name__ == "__main__":

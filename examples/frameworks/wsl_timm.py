@@ -31,7 +31,9 @@ class WSLTask(timm.task.LogitDistillationTask):
     def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
         student_logits = self.trainable_module(input)
         with torch.inference_mode():
-            teacher_logits = self.teacher(self.teacher.normalize_input(input, self.student_mean, self.student_std))
+            teacher_logits = self.teacher(
+                self.teacher.normalize_input(input, self.student_mean, self.student_std)
+            )
         loss = wsl_loss(
             student_logits,
             teacher_logits,

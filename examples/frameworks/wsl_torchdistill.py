@@ -74,14 +74,22 @@ class WSL(WSLLoss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, io in (("student_module_io", student_module_io), ("teacher_module_io", teacher_module_io)):
+        for name, io in (
+            ("student_module_io", student_module_io),
+            ("teacher_module_io", teacher_module_io),
+        ):
             if io not in ("input", "output"):
                 raise ValueError(f"{name} must be 'input' or 'output', got {io!r}")
         self.student_source = (student_module_path, student_module_io, student_output_key)
         self.teacher_source = (teacher_module_path, teacher_module_io, teacher_output_key)
 
     def forward(
-        self, student_io_dict: IoDict, teacher_io_dict: IoDict, targets: Tensor | None = None, *args: Any, **kwargs: Any
+        self,
+        student_io_dict: IoDict,
+        teacher_io_dict: IoDict,
+        targets: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         if targets is None:
             raise ValueError(
@@ -104,10 +112,14 @@ def find_logits(model: str, io_dict: IoDict, path: str, io: str, key: str | None
     if isinstance(logits, Mapping):
         if key not in logits:
             keys = ", ".join(map(repr, logits))
-            raise ValueError(f"the {model}'s {io} is a dict: {model}_output_key must be one of {keys}, got {key!r}")
+            raise ValueError(
+                f"the {model}'s {io} is a dict: {model}_output_key must be one of {keys}, got {key!r}"
+            )
         return logits[key]
     if key is not None:
-        raise ValueError(f"the {model}'s {io} is no dict: {model}_output_key must be None, got {key!r}")
+        raise ValueError(
+            f"the {model}'s {io} is no dict: {model}_output_key must be None, got {key!r}"
+        )
     return logits
 
 
@@ -125,5 +137,7 @@ def forward_in_eval_mode(
 def existing_file(path: str) -> str:
     """The path, for `src_ckpt`: if no file is there, torchdistill itself goes on with random weights."""
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"src_ckpt must be a checkpoint of the teacher, but there is no file {path!r}")
+        raise FileNotFoundError(
+            f"src_ckpt must be a checkpoint of the teacher, but there is no file {path!r}"
+        )
     return path

@@ -63,19 +63,31 @@ class WSLTrainer(Trainer):
         check_pair(self.model, teacher, self.args)
         self.teacher = teacher.eval().to(self.args.device)
         options = {"temperature": temperature, "alpha": alpha, "hard_weight": hard_weight}
-        self.loss = WSLLoss(**options, label_smoothing=self.args.label_smoothing_factor, reduction="sum")
+        self.loss = WSLLoss(
+            **options, label_smoothing=self.args.label_smoothing_factor, reduction="sum"
+        )
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         check_batch(self.teacher, inputs)
         with torch.inference_mode(), self.accelerator.autocast():
-            self.teacher_logits = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+            self.teacher_logits = self.teacher(
+                **{k: v for k, v in inputs.items() if k != "labels"}
+            ).logits
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def wsl(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         # The transposes make a view (batch, classes, length) of the logits of tokens, and leave those of sequences.
-        loss = self.loss(outputs.logits.transpose(1, -1), self.teacher_logits.transpose(1, -1), labels)
+        loss = self.loss(
+            outputs.logits.transpose(1, -1), self.teacher_logits.transpose(1, -1), labels
+        )
         # The Trainer multiplies by n_gpu, as if DataParallel's outputs were one replica's; they are those of all.
-        items = (labels != -100).sum() if num_items_in_batch is None else num_items_in_batch * max(1, self.args.n_gpu)
+        items = (
+            (labels != -100).sum()
+            if num_items_in_batch is None
+            else num_items_in_batch * max(1, self.args.n_gpu)
+        )
         return loss / items
 
 
@@ -85,7 +97,9 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: Trainin
         if not hasattr(model, "config"):
             raise TypeError(f"{name} must be a model of transformers, got {type(model).__name__}")
         if model.can_generate():
-            raise ValueError(f"{name} must be a sequence or token classifier, got the generator {type(model).__name__}")
+            raise ValueError(
+                f"{name} must be a sequence or token classifier, got the generator {type(model).__name__}"
+            )
         count, kind = model.config.num_labels, model.config.problem_type
         if count == 1 or kind in ("regression", "multi_label_classification"):
             raise ValueError(
@@ -94,11 +108,21 @@ def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: Trainin
     for option in ("num_labels", "vocab_size"):
         sizes = [getattr(model.config, option, None) for model in (student, teacher)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"model and teacher must have the same {option}, got {sizes[0]} and {sizes[1]}")
-    orders = [[str(label).lower() for _, label in sorted(m.config.id2label.items())] for m in (student, teacher)]
+            raise ValueError(
+                f"model and teacher must have the same {option}, got {sizes[0]} and {sizes[1]}"
+            )
+    orders = [
+        [str(label).lower() for _, label in sorted(m.config.id2label.items())]
+        for m in (student, teacher)
+    ]
     if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
-        raise ValueError(f"model and teacher must have their labels in the same order, got {orders[0]} and {orders[1]}")
-    reads_types = ["token_type_ids" in inspect.signature(model.forward).parameters for model in (student, teacher)]
+        raise ValueError(
+            f"model and teacher must have their labels in the same order, got {orders[0]} and {orders[1]}"
+        )
+    reads_types = [
+        "token_type_ids" in inspect.signature(model.forward).parameters
+        for model in (student, teacher)
+    ]
     if args.remove_unused_columns and reads_types == [False, True]:
         raise ValueError(
             f"the Trainer would drop token_type_ids, which the teacher reads and {type(student).__name__} does not: "
@@ -110,7 +134,9 @@ def check_batch(teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
     labels = inputs.get("labels")
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         kind = f"labels of {labels.dtype}" if isinstance(labels, Tensor) else f"labels = {labels!r}"
-        raise ValueError(f"WSLTrainer needs class indices as labels, got {kind} beside {', '.join(inputs)}")
+        raise ValueError(
+            f"WSLTrainer needs class indices as labels, got {kind} beside {', '.join(inputs)}"
+        )
     if any(module.training for module in teacher.modules()):
         raise ValueError(
             "the teacher must stay in eval mode, in which WSLTrainer has put it, but some of it is in train mode; "
@@ -125,15 +151,24 @@ def load_examples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """To train and to test on."""
     digits = load_digits()
     sentences = torch.tensor(digits.images).long().flatten(1)  # "words" from 0 to 16
-    examples = [{"input_ids": words, "labels": int(label)} for words, label in zip(sentences, digits.target)]
+    examples = [
+        {"input_ids": words, "labels": int(label)} for words, label in zip(sentences, digits.target)
+    ]
     random.shuffle(examples)
     return examples[800:], examples[:800]
 
 
 def small_bert(layers: int) -> PreTrainedModel:
-    size = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": layers}
+    size = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "num_hidden_layers": layers,
+    }
     # BERT's initializer_range of 0.02 is meant for a width of 768.
-    config = BertConfig(vocab_size=17, max_position_embeddings=64, num_labels=10, initializer_range=0.08, **size)
+    config = BertConfig(
+        vocab_size=17, max_position_embeddings=64, num_labels=10, initializer_range=0.08, **size
+    )
     return BertForSequenceClassification(config)
 
 
@@ -150,7 +185,9 @@ def train(name: str, trainer: Trainer) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option = parser.add_argument
     option("--temperature", type=float, default=4.0, help="(4, the paper's for CIFAR-100)")
     option("--alpha", type=float, default=2.25, help="(2.25, the paper's for CIFAR-100)")
@@ -163,11 +200,24 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # more gain little on networks this small
     set_seed(args.seed)
-    options = {"num_train_epochs": args.epochs, "learning_rate": args.lr, "warmup_steps": 0.1, "seed": args.seed}
-    options |= {"per_device_train_batch_size": args.batch_size, "use_cpu": not torch.cuda.is_available()}
+    options = {
+        "num_train_epochs": args.epochs,
+        "learning_rate": args.lr,
+        "warmup_steps": 0.1,
+        "seed": args.seed,
+    }
+    options |= {
+        "per_device_train_batch_size": args.batch_size,
+        "use_cpu": not torch.cuda.is_available(),
+    }
     arguments = TrainingArguments(args.out, save_strategy="no", report_to="none", **options)
     examples, test = load_examples()
-    shared = {"args": arguments, "train_dataset": examples, "eval_dataset": test, "compute_metrics": accuracy}
+    shared = {
+        "args": arguments,
+        "train_dataset": examples,
+        "eval_dataset": test,
+        "compute_metrics": accuracy,
+    }
     wsl = {"temperature": args.temperature, "alpha": args.alpha, "hard_weight": args.hard_weight}
     teacher, student = small_bert(layers=2), small_bert(layers=1)
     train("teacher", Trainer(teacher, **shared))

@@ -44,19 +44,31 @@ from weighted_soft_labels.analysis import wsl_terms
 TEST_IMAGES, TEST_VERSIONS = 800, 10  # a test image comes in ten draws of shift and noise
 NOISE, BATCH, LR = 0.3, 100, 3e-3
 TEACHERS, METHODS = ("converged", "progressive"), ("KD", "WSL")
-Data = tuple[Tensor, Tensor, Tensor, Tensor]  # images and labels to train on, images and labels to test on
-Outcome = tuple[Tensor, Tensor, Tensor]  # accuracy of student and teacher in percent, mean weight after each epoch
+Data = tuple[
+    Tensor, Tensor, Tensor, Tensor
+]  # images and labels to train on, images and labels to test on
+Outcome = tuple[
+    Tensor, Tensor, Tensor
+]  # accuracy of student and teacher in percent, mean weight after each epoch
 
 
-def teacher_loss(teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, pull: float) -> Tensor:
+def teacher_loss(
+    teacher_logits: Tensor, student_logits: Tensor, labels: Tensor, pull: float
+) -> Tensor:
     """The teacher learns the labels (B,) and, by a share `pull` in [0, 1], the student's answers (B, 10)."""
-    return (1 - pull) * F.cross_entropy(teacher_logits, labels) + pull * kl_divergence(student_logits, teacher_logits)
+    return (1 - pull) * F.cross_entropy(teacher_logits, labels) + pull * kl_divergence(
+        student_logits, teacher_logits
+    )
 
 
-def student_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, method: str) -> Tensor:
+def student_loss(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, method: str
+) -> Tensor:
     """The student learns the teacher's answers (B, 10) alone: the labels (B,) enter by WSL's weight, or not at all."""
     if method == "WSL":
-        return wsl_loss(student_logits, teacher_logits, labels, temperature=1.0, alpha=1.0, hard_weight=0.0)
+        return wsl_loss(
+            student_logits, teacher_logits, labels, temperature=1.0, alpha=1.0, hard_weight=0.0
+        )
     return kl_divergence(teacher_logits, student_logits)
 
 
@@ -91,7 +103,10 @@ def distort(images: Tensor) -> Tensor:
 def draw_data() -> Data:
     """The training images are distorted once, so that networks can learn them by heart."""
     digits = load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    images, labels = (
+        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(digits.target),
+    )
     test, train = torch.randperm(len(images)).split([TEST_IMAGES, len(images) - TEST_IMAGES])
     test = test.repeat(TEST_VERSIONS)
     return distort(images[train]), labels[train], distort(images[test]), labels[test]
@@ -116,9 +131,13 @@ def learn_labels(model: nn.Module, data: Data, epochs: int) -> nn.Module:
     return model
 
 
-def distil(teacher: nn.Module, student: nn.Module, data: Data, method: str, pull: float | None, epochs: int) -> Outcome:
+def distil(
+    teacher: nn.Module, student: nn.Module, data: Data, method: str, pull: float | None, epochs: int
+) -> Outcome:
     """The teacher learns beside the student or, without `pull`, stays what it is."""
-    teacher_optimizer, optimizer = (Adam(model.parameters(), lr=LR, fused=True) for model in (teacher, student))
+    teacher_optimizer, optimizer = (
+        Adam(model.parameters(), lr=LR, fused=True) for model in (teacher, student)
+    )
     images, labels, *_ = data
     weights = []
     for _ in range(epochs):
@@ -127,7 +146,9 @@ def distil(teacher: nn.Module, student: nn.Module, data: Data, method: str, pull
             if pull is not None:
                 update(teacher_optimizer, teacher_loss(teacher(x), predict(student, x), y, pull))
             update(optimizer, student_loss(student(x), predict(teacher, x), y, method))
-        weights.append(wsl_terms(predict(student, images), predict(teacher, images), labels).weight.mean())
+        weights.append(
+            wsl_terms(predict(student, images), predict(teacher, images), labels).weight.mean()
+        )
     return accuracy(student, data), accuracy(teacher, data), torch.stack(weights)
 
 
@@ -146,7 +167,9 @@ def run_seed(seed: int, epochs: int, pull: float) -> tuple[Tensor, dict[tuple[st
     for name, start, share in zip(TEACHERS, (converged, teacher), (None, pull)):
         for method in METHODS:
             torch.manual_seed(seed)  # the same batches
-            outcomes[name, method] = distil(deepcopy(start), deepcopy(student), data, method, share, epochs)
+            outcomes[name, method] = distil(
+                deepcopy(start), deepcopy(student), data, method, share, epochs
+            )
     return accuracy(alone, data), outcomes
 
 
@@ -157,9 +180,13 @@ def cell(values: Tensor, sign: str = "") -> str:
 
 
 def print_table(alone: Tensor, outcomes: dict[tuple[str, str], Outcome]) -> None:
-    print(f"\nTest accuracy in %, mean and 95 % interval over {len(alone)} seeds; differences within a seed")
+    print(
+        f"\nTest accuracy in %, mean and 95 % interval over {len(alone)} seeds; differences within a seed"
+    )
     print(f"Student by labels alone: {cell(alone).strip()}\n")
-    print("teacher                 KD           WSL      WSL - KD teacher's own   weight: first, middle, last epoch")
+    print(
+        "teacher                 KD           WSL      WSL - KD teacher's own   weight: first, middle, last epoch"
+    )
     for name in TEACHERS:
         (kd, *_), (wsl, own, weights) = (outcomes[name, method] for method in METHODS)
         shown = weights.mean(0)[[0, weights.shape[1] // 2, -1]].tolist()
@@ -170,26 +197,39 @@ def print_table(alone: Tensor, outcomes: dict[tuple[str, str], Outcome]) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=8, help="at least 2, for the intervals (8)")
     parser.add_argument("--epochs", type=int, default=40, help="of every network (40)")
-    parser.add_argument("--pull", type=float, default=0.35, help="share of the student in the teacher's loss (0.35)")
     parser.add_argument(
-        "--figure", type=Path, default=Path("prokt.png"), help="where to save the weights over time (prokt.png)"
+        "--pull", type=float, default=0.35, help="share of the student in the teacher's loss (0.35)"
+    )
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        default=Path("prokt.png"),
+        help="where to save the weights over time (prokt.png)",
     )
     args = parser.parse_args()
     with Pool(2) as pool:  # one seed a core
         runs = pool.imap(partial(run_seed, epochs=args.epochs, pull=args.pull), range(args.seeds))
         alone, by_seed = zip(*tqdm(runs, total=args.seeds, unit="seed"))
-    outcomes = {key: tuple(map(torch.stack, zip(*(seed[key] for seed in by_seed)))) for key in by_seed[0]}
+    outcomes = {
+        key: tuple(map(torch.stack, zip(*(seed[key] for seed in by_seed)))) for key in by_seed[0]
+    }
     print_table(torch.stack(alone), outcomes)
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.subplots()
     for name, line in zip(TEACHERS, ("--", "-")):
         weights = outcomes[name, "WSL"][2].mean(0)
-        axes.plot(range(1, len(weights) + 1), weights, line, color="#d55e00", label=f"{name} teacher")
-    axes.axhline(1 - math.exp(-1), color="#6b6b6b", linestyle=":", label="student as sure as the teacher")
+        axes.plot(
+            range(1, len(weights) + 1), weights, line, color="#d55e00", label=f"{name} teacher"
+        )
+    axes.axhline(
+        1 - math.exp(-1), color="#6b6b6b", linestyle=":", label="student as sure as the teacher"
+    )
     axes.set(xlabel="epoch", ylabel="WSL's weight, mean of the training images", ylim=(0, 1.02))
     axes.legend(fontsize=8)
     figure.savefig(args.figure, dpi=110)

@@ -44,7 +44,12 @@ from weighted_soft_labels.analysis import bias_variance
 PAPER_TEMPERATURE = 4.0  # CIFAR-100
 MEASURES = ("bias", "variance", "nll")
 LABELS = {"bias": "bias (nats)", "variance": "variance (nats)", "nll": "test NLL (nats)"}
-TRADES = (("up", "down"), ("up", "up"), ("down", "down"), ("down", "up"))  # what becomes of bias and of variance
+TRADES = (
+    ("up", "down"),
+    ("up", "up"),
+    ("down", "down"),
+    ("down", "up"),
+)  # what becomes of bias and of variance
 
 
 class Method(NamedTuple):
@@ -64,7 +69,10 @@ class Measured(NamedTuple):
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
-    return [Method("CE", None), *(Method(loss, T) for loss in ("KD", "WSL") for T in args.temperatures)]
+    return [
+        Method("CE", None),
+        *(Method(loss, T) for loss in ("KD", "WSL") for T in args.temperatures),
+    ]
 
 
 def replicate(args: argparse.Namespace, seed: int) -> tuple[list[Row], dict[str, Tensor]]:
@@ -76,12 +84,18 @@ def replicate(args: argparse.Namespace, seed: int) -> tuple[list[Row], dict[str,
     if args.shared_teacher:
         teachers = study.train_teachers(task, torch.cat(parts), args.teacher_epochs) * args.models
     else:
-        teachers = [teacher for part in parts for teacher in study.train_teachers(task, part, args.teacher_epochs)]
+        teachers = [
+            teacher
+            for part in parts
+            for teacher in study.train_teachers(task, part, args.teacher_epochs)
+        ]
 
     def student(method: Method, part: Tensor, teacher: nn.Module) -> study.Learner:
         loss = study.make_loss(method.loss, method.temperature, args.alpha)
         steps = args.epochs * study.steps_per_epoch(len(part))
-        return study.Learner(copy.deepcopy(first), loss, steps, None if method.temperature is None else teacher)
+        return study.Learner(
+            copy.deepcopy(first), loss, steps, None if method.temperature is None else teacher
+        )
 
     students = [[student(method, *of) for method in methods(args)] for of in zip(parts, teachers)]
     rows = []
@@ -89,7 +103,10 @@ def replicate(args: argparse.Namespace, seed: int) -> tuple[list[Row], dict[str,
         for part, learners in zip(parts, students):
             study.train_epoch(task, part, learners)
         if epoch in snapshots(args.epochs):
-            found = {method: measure(task, learners) for method, learners in zip(methods(args), zip(*students))}
+            found = {
+                method: measure(task, learners)
+                for method, learners in zip(methods(args), zip(*students))
+            }
             rows += [make_row(seed, epoch, method, found) for method in found]
     return rows, make_samples(args, task, found)
 
@@ -101,7 +118,9 @@ def snapshots(epochs: int) -> list[int]:
 
 def measure(task: Task, learners: Sequence[study.Learner]) -> Measured:
     logits = torch.stack([study.predict(task, learner.network) for learner in learners])
-    return Measured(*bias_variance(logits, task.test_labels), study.accuracy(logits, task.test_labels))
+    return Measured(
+        *bias_variance(logits, task.test_labels), study.accuracy(logits, task.test_labels)
+    )
 
 
 def make_row(seed: int, epoch: int, method: Method, found: dict[Method, Measured]) -> Row:
@@ -109,9 +128,13 @@ def make_row(seed: int, epoch: int, method: Method, found: dict[Method, Measured
     bias, variance, percent = found[method]
     ce = found[Method("CE", None)]
     biases, variances = (
-        {"up": new > old, "down": new < old} for new, old in ((bias, ce.bias), (variance, ce.variance))
+        {"up": new > old, "down": new < old}
+        for new, old in ((bias, ce.bias), (variance, ce.variance))
     )
-    trades = {f"bias_{i}_variance_{j}": (biases[i] & variances[j]).float().mean().item() for i, j in TRADES}
+    trades = {
+        f"bias_{i}_variance_{j}": (biases[i] & variances[j]).float().mean().item()
+        for i, j in TRADES
+    }
     return {
         "seed": seed,
         "loss": method.loss,
@@ -130,11 +153,16 @@ def shown(temperatures: list[float]) -> float:
     return min(temperatures, key=lambda T: abs(T - PAPER_TEMPERATURE))
 
 
-def make_samples(args: argparse.Namespace, task: Task, found: dict[Method, Measured]) -> dict[str, Tensor]:
+def make_samples(
+    args: argparse.Namespace, task: Task, found: dict[Method, Measured]
+) -> dict[str, Tensor]:
     T = shown(args.temperatures)
     columns = {"label": task.test_labels}
     for method in (Method("CE", None), Method("KD", T), Method("WSL", T)):
-        columns |= {f"bias_{method.loss}": found[method].bias, f"variance_{method.loss}": found[method].variance}
+        columns |= {
+            f"bias_{method.loss}": found[method].bias,
+            f"variance_{method.loss}": found[method].variance,
+        }
     return {name: values.cpu() for name, values in columns.items()}
 
 
@@ -145,7 +173,9 @@ def make_tables(results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str,
     means = (values.double().mean(0).tolist() for values in samples.values())
     return {
         "bias_variance": [row for rows, _ in results for row in rows],
-        "bias_variance_samples": [dict(zip(("label", *samples), row)) for row in zip(labels, *means)],
+        "bias_variance_samples": [
+            dict(zip(("label", *samples), row)) for row in zip(labels, *means)
+        ],
     }
 
 
@@ -153,7 +183,9 @@ def make_tables(results: list[tuple[list[Row], dict[str, Tensor]]]) -> dict[str,
 
 
 def report(out: Path, options: Row) -> None:
-    rows, samples = (study.read_table(out / f"{name}.csv") for name in ("bias_variance", "bias_variance_samples"))
+    rows, samples = (
+        study.read_table(out / f"{name}.csv") for name in ("bias_variance", "bias_variance_samples")
+    )
     print_report(rows, options)
     save_figure(out / "bias_variance.png", rows, options)
     save_samples_figure(out / "bias_variance_samples.png", samples, options)
@@ -162,7 +194,9 @@ def report(out: Path, options: Row) -> None:
 
 def print_report(rows: list[Row], options: Row) -> None:
     last = [row for row in rows if row["epoch"] == options["epochs"]]
-    print(f"\n{options['models']} students a loss, {study.count_seeds(rows)} seeds, after {options['epochs']} epochs:")
+    print(
+        f"\n{options['models']} students a loss, {study.count_seeds(rows)} seeds, after {options['epochs']} epochs:"
+    )
     print("mean over the seeds +- half a 95 % confidence interval (Student's t)\n")
     print(f"{'':14}{'bias':>18}{'variance':>18}{'test NLL':>18}{'accuracy, %':>16}")
     for method in methods_of(last):
@@ -173,7 +207,9 @@ def print_report(rows: list[Row], options: Row) -> None:
     print("\nDifferences within a seed\n")
     for a, b in pairs(methods_of(last)):
         names = (*MEASURES, "accuracy")
-        *values, percent = (column(last, name, **a._asdict()) - column(last, name, **b._asdict()) for name in names)
+        *values, percent = (
+            column(last, name, **a._asdict()) - column(last, name, **b._asdict()) for name in names
+        )
         cells = "".join(f"{show(value, 4, '+'):>18}" for value in values)
         print(f"{title(a) + ' - ' + b.loss:14}{cells}{show(percent, 2, '+'):>16}")
 
@@ -188,7 +224,10 @@ def print_report(rows: list[Row], options: Row) -> None:
 
 
 def print_trades(name: str, rows: list[Row], method: Method) -> None:
-    shares = [column(rows, f"bias_{bias}_variance_{variance}", **method._asdict()) for bias, variance in TRADES]
+    shares = [
+        column(rows, f"bias_{bias}_variance_{variance}", **method._asdict())
+        for bias, variance in TRADES
+    ]
     cells = [show(100 * share, 1) for share in shares]
     print(f"{name:14}" + "".join(f"{cell:>18}" for cell in cells))
 
@@ -198,13 +237,17 @@ def methods_of(rows: list[Row]) -> list[Method]:
 
 
 def title(method: Method) -> str:
-    return method.loss if method.temperature is None else f"{method.loss}, T = {method.temperature:g}"
+    return (
+        method.loss if method.temperature is None else f"{method.loss}, T = {method.temperature:g}"
+    )
 
 
 def pairs(found: list[Method]) -> list[tuple[Method, Method]]:
     """KD against CE, then WSL against KD at the same temperature."""
     kd = [method for method in found if method.loss == "KD"]
-    return [(method, Method("CE", None)) for method in kd] + [(method._replace(loss="WSL"), method) for method in kd]
+    return [(method, Method("CE", None)) for method in kd] + [
+        (method._replace(loss="WSL"), method) for method in kd
+    ]
 
 
 def save_figure(path: Path, rows: list[Row], options: Row) -> None:
@@ -217,7 +260,9 @@ def save_figure(path: Path, rows: list[Row], options: Row) -> None:
         for method in methods_of(rows):
             if method.temperature in (None, temperature):
                 epochs = sorted({row["epoch"] for row in rows})
-                values = [column(rows, measure, epoch=epoch, **method._asdict()) for epoch in epochs]
+                values = [
+                    column(rows, measure, epoch=epoch, **method._asdict()) for epoch in epochs
+                ]
                 errorbar(above, epochs, values, method.loss)
         temperatures = sorted({row["temperature"] for row in last} - {None})
         for loss in ("KD", "WSL"):
@@ -243,7 +288,9 @@ def save_figure(path: Path, rows: list[Row], options: Row) -> None:
 
 def errorbar(axis: Axes, x: list[float], values: list[Tensor], loss: str) -> None:
     means, halves = zip(*(confidence_interval(value) for value in values))
-    axis.errorbar(x, means, halves, color=COLORS[loss], capsize=3, marker="o", markersize=3, label=loss)
+    axis.errorbar(
+        x, means, halves, color=COLORS[loss], capsize=3, marker="o", markersize=3, label=loss
+    )
 
 
 def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
@@ -262,7 +309,9 @@ def save_samples_figure(path: Path, samples: list[Row], options: Row) -> None:
         axis.set_xlabel(f"change in bias from CE to {loss} (nats)")
         axis.set_title(f"{loss}, T = {shown(options['temperatures']):g}", fontsize=10)
     axes[0].set_ylabel("change in variance from CE (nats)")
-    figure.suptitle(f"{options['dataset']}: {len(samples)} test images, means over the seeds", fontsize=11)
+    figure.suptitle(
+        f"{options['dataset']}: {len(samples)} test images, means over the seeds", fontsize=11
+    )
     figure.savefig(path, dpi=120)
 
 

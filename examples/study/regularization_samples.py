@@ -49,7 +49,14 @@ from weighted_soft_labels.analysis import regularization_samples, wsl_terms
 LOSSES = ("KD", "dropped", "uniform", "WSL")
 RULES = ("magnitude", "opposing", "signed")
 PAIRS = (("KD", "CE"), ("dropped", "KD"), ("WSL", "KD"), ("WSL", "dropped"), ("WSL", "uniform"))
-COLUMNS = ("regularization_samples", "share", "share_opposing", "weight", "test_accuracy", "test_nll")
+COLUMNS = (
+    "regularization_samples",
+    "share",
+    "share_opposing",
+    "weight",
+    "test_accuracy",
+    "test_nll",
+)
 
 
 class Method(NamedTuple):
@@ -66,7 +73,9 @@ def make_student_loss(method: Method, alpha: float) -> study.Loss:
 
     def dropped(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         kept = ~regularization_samples(student_logits, teacher_logits, labels, temperature=T)
-        soft = F.cross_entropy(student_logits / T, (teacher_logits / T).softmax(1), reduction="none")
+        soft = F.cross_entropy(
+            student_logits / T, (teacher_logits / T).softmax(1), reduction="none"
+        )
         return F.cross_entropy(student_logits, labels) + alpha * T**2 * (kept * soft).mean()
 
     return dropped if method.loss == "dropped" else study.make_loss(method.loss, T, alpha)
@@ -76,7 +85,10 @@ def make_student_loss(method: Method, alpha: float) -> study.Loss:
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
-    return [Method("CE"), *(Method(*of) for of in product(LOSSES, args.smoothings, args.temperatures))]
+    return [
+        Method("CE"),
+        *(Method(*of) for of in product(LOSSES, args.smoothings, args.temperatures)),
+    ]
 
 
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
@@ -84,11 +96,18 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     torch.manual_seed(seed)
     drawn = study.draw(task, args.train_images)
     first = study.make_network(task, study.STUDENT_WIDTH)
-    teachers = dict(zip(args.smoothings, study.train_teachers(task, drawn, args.teacher_epochs, args.smoothings)))
+    teachers = dict(
+        zip(
+            args.smoothings, study.train_teachers(task, drawn, args.teacher_epochs, args.smoothings)
+        )
+    )
     steps = args.epochs * study.steps_per_epoch(len(drawn))
     students = {
         method: study.Learner(
-            copy.deepcopy(first), make_student_loss(method, args.alpha), steps, teachers.get(method.smoothing)
+            copy.deepcopy(first),
+            make_student_loss(method, args.alpha),
+            steps,
+            teachers.get(method.smoothing),
         )
         for method in methods(args)
     }
@@ -101,14 +120,20 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
         seen = study.train_epoch(task, drawn, list(students.values()))
         for (method, student), logits in zip(students.items(), seen.student_logits):
             tested = evaluate(task, student.network) if epoch == args.epochs else {}
-            counted = {} if student.teacher is None else count(seen, logits, student.teacher, method.temperature)
+            counted = (
+                {}
+                if student.teacher is None
+                else count(seen, logits, student.teacher, method.temperature)
+            )
             rows.append(make_row(seed, method, epoch, counted, tested))
     return rows
 
 
 def count(seen: study.Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
     of = student_logits, seen.teacher_logits[teacher], seen.labels
-    found, opposing = (regularization_samples(*of, temperature=temperature, rule=rule) for rule in RULES[:2])
+    found, opposing = (
+        regularization_samples(*of, temperature=temperature, rule=rule) for rule in RULES[:2]
+    )
     return {
         "regularization_samples": int(found.sum()),
         "share": found.float().mean().item(),
@@ -143,7 +168,9 @@ def report(out: Path, options: Row) -> None:
     print_report(results, options)
     save_counts(out / "regularization_samples.png", results, options)
     save_losses(out / "regularization_samples_losses.png", results, options)
-    print(f"\nFigures: {out / 'regularization_samples.png'} and {out / 'regularization_samples_losses.png'}")
+    print(
+        f"\nFigures: {out / 'regularization_samples.png'} and {out / 'regularization_samples_losses.png'}"
+    )
 
 
 class Results(NamedTuple):
@@ -163,21 +190,31 @@ class Results(NamedTuple):
     def shares(self, method: Method) -> dict[str, Tensor]:
         """Regularization samples by rule, in % of the images of all epochs."""
         magnitude, opposing = (
-            100 * torch.stack([self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]).mean(0)
+            100
+            * torch.stack(
+                [self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]
+            ).mean(0)
             for name in ("share", "share_opposing")
         )
-        return dict(zip(RULES, (magnitude, opposing, 100 - (magnitude - opposing))))  # signed: all but those far below
+        return dict(
+            zip(RULES, (magnitude, opposing, 100 - (magnitude - opposing)))
+        )  # signed: all but those far below
 
     def accuracy(self, method: Method) -> Tensor:
         return self.of(method, "test_accuracy")
 
     def difference(self, a: str, b: str, smoothing: float, temperature: float) -> Tensor:
         """In test accuracy, within a seed, in points."""
-        one, other = (Method(loss) if loss == "CE" else Method(loss, smoothing, temperature) for loss in (a, b))
+        one, other = (
+            Method(loss) if loss == "CE" else Method(loss, smoothing, temperature)
+            for loss in (a, b)
+        )
         return self.accuracy(one) - self.accuracy(other)
 
 
-def print_table(names: Iterable[str], rows: dict[tuple[float, float], Iterable[Tensor]], sign: str = "") -> None:
+def print_table(
+    names: Iterable[str], rows: dict[tuple[float, float], Iterable[Tensor]], sign: str = ""
+) -> None:
     """Rows by temperature and smoothing."""
     print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{name:>18}" for name in names))
     for (T, smoothing), values in rows.items():
@@ -189,7 +226,9 @@ def print_report(results: Results, options: Row) -> None:
     settings = list(product(temperatures, smoothings))
     print(f"\n{results.seeds} seeds: mean +- half a 95 % confidence interval (Student's t)\n")
     for smoothing in smoothings:
-        tested = results.of(Method("teacher", smoothing), "test_accuracy", options["teacher_epochs"])
+        tested = results.of(
+            Method("teacher", smoothing), "test_accuracy", options["teacher_epochs"]
+        )
         print(f"teacher, label smoothing {smoothing:g}: accuracy {show(tested)} %")
     print(f"CE: accuracy {show(results.accuracy(Method('CE')))} %")
 
@@ -200,18 +239,27 @@ def print_report(results: Results, options: Row) -> None:
         print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(cell):>16}" for cell in cells))
 
     print("\nDifferences in test accuracy within a seed, in points\n")
-    rows = {(T, smoothing): [results.difference(*pair, smoothing, T) for pair in PAIRS] for T, smoothing in settings}
+    rows = {
+        (T, smoothing): [results.difference(*pair, smoothing, T) for pair in PAIRS]
+        for T, smoothing in settings
+    }
     print_table(map(" - ".join, PAIRS), rows, "+")
 
     print("\nRegularization samples of KD by three rules, in % of the images of all epochs\n")
-    shares = {(T, smoothing): results.shares(Method("KD", smoothing, T)) for T, smoothing in settings}
+    shares = {
+        (T, smoothing): results.shares(Method("KD", smoothing, T)) for T, smoothing in settings
+    }
     print_table(RULES, {setting: found.values() for setting, found in shares.items()})
 
     if len(smoothings) > 1:
-        print(f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n")
+        print(
+            f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n"
+        )
         rows = {}
         for T, smoothing in product(temperatures, smoothings[1:]):
-            changes = [shares[T, smoothing][rule] - shares[T, smoothings[0]][rule] for rule in RULES]
+            changes = [
+                shares[T, smoothing][rule] - shares[T, smoothings[0]][rule] for rule in RULES
+            ]
             tested = [results.accuracy(Method("KD", of, T)) for of in (smoothing, smoothings[0])]
             rows[T, smoothing] = [*changes, tested[0] - tested[1]]
         print_table((*RULES, "accuracy"), rows, "+")
@@ -227,7 +275,9 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
     for axis, T in zip(axes, temperatures):
         for shade, smoothing in zip(shades, smoothings):
             epochs = range(1, results.epochs + 1)
-            values = [100 * results.of(Method("KD", smoothing, T), "share", epoch) for epoch in epochs]
+            values = [
+                100 * results.of(Method("KD", smoothing, T), "share", epoch) for epoch in epochs
+            ]
             means, halves = zip(*map(confidence_interval, values))
             axis.errorbar(epochs, means, halves, color=shade, capsize=2, label=f"{smoothing:g}")
         axis.set_title(f"KD, T = {T:g}", fontsize=10)
@@ -274,7 +324,9 @@ def save_losses(path: Path, results: Results, options: Row) -> None:
 
 
 def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
-    figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {results.seeds} seeds", fontsize=11)
+    figure.suptitle(
+        f"{options['dataset']}: mean and 95 % interval over {results.seeds} seeds", fontsize=11
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -284,10 +336,19 @@ def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
 def parse_args() -> argparse.Namespace:
     parser = study.make_parser(__doc__, epochs=20, out="runs/regularization_samples")
     option = parser.add_argument
-    option("--smoothings", type=float, nargs="+", default=[0.0, 0.1, 0.2], help="of teachers (0 0.1 0.2)")
+    option(
+        "--smoothings",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.1, 0.2],
+        help="of teachers (0 0.1 0.2)",
+    )
     option("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="(1 2 4)")
     args = parser.parse_args()
-    args.smoothings, args.temperatures = sorted(set(args.smoothings)), sorted(set(args.temperatures))
+    args.smoothings, args.temperatures = (
+        sorted(set(args.smoothings)),
+        sorted(set(args.temperatures)),
+    )
     return args
 
 

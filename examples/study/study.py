@@ -40,7 +40,13 @@ EVALUATION_BATCH = 500
 LR = 0.01
 STUDENT_WIDTH = 8
 TEACHER_WIDTH = 24
-COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00", "dropped": "#009e73", "uniform": "#cc79a7"}
+COLORS = {
+    "CE": "#6b6b6b",
+    "KD": "#0072b2",
+    "WSL": "#d55e00",
+    "dropped": "#009e73",
+    "uniform": "#cc79a7",
+}
 DATASETS = {  # torchvision's name; mean and standard deviation of the training set, by channel, for pixels from 0 to 1
     "cifar100": ("CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -70,7 +76,10 @@ def load_task(dataset: str, root: Path, device: torch.device) -> Task:
     if dataset == "digits":
         splits, augment = load_digits(), distort
     else:
-        splits, augment = (x for train in (True, False) for x in load_split(dataset, root, train)), shift_and_flip
+        splits, augment = (
+            (x for train in (True, False) for x in load_split(dataset, root, train)),
+            shift_and_flip,
+        )
     return Task(*(x.to(device) for x in splits), augment)
 
 
@@ -79,7 +88,10 @@ def load_digits() -> tuple[Tensor, ...]:
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    images, labels = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(digits.target)
+    images, labels = (
+        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(digits.target),
+    )
     torch.manual_seed(0)
     test, train = torch.randperm(len(images)).split([800, len(images) - 800])
     test = test.repeat(10)
@@ -142,28 +154,40 @@ def make_network(task: Task, width: int) -> nn.Module:
     layers: list[nn.Module] = []
     for out in (width, 2 * width, 4 * width):
         stride = 2 if size > 4 else 1
-        layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        layers += [
+            nn.Conv2d(channels, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+        ]
         channels, size = out, -(-size // stride)
     network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels * size**2, classes))
     return network.to(task.train_images.device, memory_format=torch.channels_last)
 
 
-def make_loss(name: str, temperature: float | None = None, alpha: float = 0.0, label_smoothing: float = 0.0) -> Loss:
+def make_loss(
+    name: str, temperature: float | None = None, alpha: float = 0.0, label_smoothing: float = 0.0
+) -> Loss:
     def ce(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
         return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
     def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = (F.log_softmax(x / temperature, dim=1) for x in (student_logits, teacher_logits))
+        student, teacher = (
+            F.log_softmax(x / temperature, dim=1) for x in (student_logits, teacher_logits)
+        )
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
 
     def wsl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        return wsl_loss(student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha)
+        return wsl_loss(
+            student_logits, teacher_logits, labels, temperature=temperature, alpha=alpha
+        )
 
     def uniform(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """WSL with the mean weight of the batch for all: what WSL gains over it is gained by telling samples apart."""
         weight = wsl_terms(student_logits, teacher_logits, labels).weight.mean()
-        soft = F.cross_entropy(student_logits / temperature, (teacher_logits / temperature).softmax(1))
+        soft = F.cross_entropy(
+            student_logits / temperature, (teacher_logits / temperature).softmax(1)
+        )
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * weight * soft
 
     return {"CE": ce, "KD": kd, "WSL": wsl, "uniform": uniform}[name]
@@ -172,7 +196,9 @@ def make_loss(name: str, temperature: float | None = None, alpha: float = 0.0, l
 class Learner:
     """A network and how it is trained: by which loss and, unless it learns from labels alone, by which teacher."""
 
-    def __init__(self, network: nn.Module, loss: Loss, steps: int, teacher: nn.Module | None = None) -> None:
+    def __init__(
+        self, network: nn.Module, loss: Loss, steps: int, teacher: nn.Module | None = None
+    ) -> None:
         self.network, self.loss, self.teacher = network, loss, teacher
         # Its steps do not grow with the scale of a loss, which is up to 1 + alpha times as large with soft labels.
         self.optimizer = torch.optim.AdamW(network.parameters(), LR)
@@ -202,7 +228,9 @@ def steps_per_epoch(images: int) -> int:
 
 def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch:
     """All learners side by side, on the same images in the same order."""
-    teachers = list(dict.fromkeys(learner.teacher for learner in learners if learner.teacher is not None))
+    teachers = list(
+        dict.fromkeys(learner.teacher for learner in learners if learner.teacher is not None)
+    )
     for learner in learners:
         learner.network.train()
     seen = []
@@ -216,7 +244,9 @@ def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch
     return Epoch(labels, dict(zip(teachers, rest)), rest[len(teachers) :])
 
 
-def train_teachers(task: Task, drawn: Tensor, epochs: int, smoothings: Iterable[float] = (0.0,)) -> list[nn.Module]:
+def train_teachers(
+    task: Task, drawn: Tensor, epochs: int, smoothings: Iterable[float] = (0.0,)
+) -> list[nn.Module]:
     """One for every label smoothing, alike but for it; in evaluation mode."""
     steps = epochs * steps_per_epoch(len(drawn))
     first = make_network(task, TEACHER_WIDTH)
@@ -243,11 +273,15 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
 
 
 def run_seeds(
-    replicate: Callable[[argparse.Namespace, int], Result], args: argparse.Namespace, seeds: Sequence[int]
+    replicate: Callable[[argparse.Namespace, int], Result],
+    args: argparse.Namespace,
+    seeds: Sequence[int],
 ) -> Iterator[tuple[int, Result]]:
     """Yields seeds and what `replicate` makes of them, as they finish. It has to be a function of a module."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(args.workers, len(seeds))), context, initializer=start_worker) as pool:
+    with ProcessPoolExecutor(
+        max(1, min(args.workers, len(seeds))), context, initializer=start_worker
+    ) as pool:
         futures = {pool.submit(replicate, args, seed): seed for seed in seeds}
         for future in tqdm(as_completed(futures), total=len(seeds), unit="seed"):
             yield futures[future], future.result()
@@ -275,7 +309,9 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()})
+        writer.writerow(
+            {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()}
+        )
     write(path, text.getvalue())
 
 
@@ -298,7 +334,11 @@ def count_seeds(rows: Iterable[Row]) -> int:
 
 def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
     """The values of a column in the rows that `where` describes, by seed: one a seed, for differences to be paired."""
-    found = {row["seed"]: row[name] for row in rows if all(row[key] == value for key, value in where.items())}
+    found = {
+        row["seed"]: row[name]
+        for row in rows
+        if all(row[key] == value for key, value in where.items())
+    }
     return torch.tensor([found[seed] for seed in sorted(found)], dtype=torch.float64)
 
 
@@ -323,7 +363,9 @@ def describe_run(args: argparse.Namespace, seconds: float) -> Row:
     """Options and machine, for the file beside the tables."""
     return {
         **options(args),
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else processor(),
+        "device": torch.cuda.get_device_name(args.device)
+        if args.device.type == "cuda"
+        else processor(),
         "workers": args.workers,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -334,28 +376,46 @@ def describe_run(args: argparse.Namespace, seconds: float) -> Row:
 def processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    return next(
+        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()
+    )
 
 
 # The command line ---------------------------------------------------------------------------------------------------
 
 
 def make_parser(doc: str, *, epochs: int | None, out: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     option, default = parser.add_argument, epochs or "by dataset, see above"
     option("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
     option(
-        "--data", type=Path, default=Path("data"), help="folder of the dataset, downloaded if it is not there (data)"
+        "--data",
+        type=Path,
+        default=Path("data"),
+        help="folder of the dataset, downloaded if it is not there (data)",
     )
     option("--train-images", type=int, help="drawn for each seed (all)")
     option("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
     option("--epochs", type=int, default=epochs, help=f"of a student ({default})")
     option("--teacher-epochs", type=int, default=epochs, help=f"({default})")
-    option("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)")
+    option(
+        "--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)"
+    )
     option("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    option("--workers", type=int, default=os.cpu_count(), help="seeds side by side (as many as there are cores)")
+    option(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        help="seeds side by side (as many as there are cores)",
+    )
     option("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
-    option("--report", action="store_true", help="print and draw what --out holds, without any training")
+    option(
+        "--report",
+        action="store_true",
+        help="print and draw what --out holds, without any training",
+    )
     return parser
 
 
@@ -390,15 +450,22 @@ def run(
         )  # what fails there fails before training
         args.out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter() - seconds
-        for seed, result in run_seeds(replicate, args, [seed for seed in range(args.seeds) if seed not in results]):
+        for seed, result in run_seeds(
+            replicate, args, [seed for seed in range(args.seeds) if seed not in results]
+        ):
             results[seed] = result
             for name, rows in tables([results[seed] for seed in sorted(results)]).items():
                 write_table(args.out / f"{name}.csv", rows)
-            write(described, json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n")
+            write(
+                described,
+                json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n",
+            )
     report(args.out, json.loads(described.read_text()))
 
 
 def check_same_options(args: argparse.Namespace, before: Row) -> None:
     for name, value in options(args).items():
         if name != "seeds" and value != before[name]:
-            raise ValueError(f"{args.out} holds results of {name} {before[name]}, got {value}: choose another --out")
+            raise ValueError(
+                f"{args.out} holds results of {name} {before[name]}, got {value}: choose another --out"
+            )

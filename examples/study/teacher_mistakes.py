@@ -104,7 +104,9 @@ def swap_classes(logits: Tensor, share: float, seed: int) -> Tensor:
     """A share of the classes is drawn in pairs, and the logits of every pair are exchanged: a broken map of labels."""
     generator = torch.Generator().manual_seed(seed)
     classes = logits.shape[1]
-    pairs = torch.randperm(classes, generator=generator)[: 2 * round(share * classes / 2)].view(-1, 2)
+    pairs = torch.randperm(classes, generator=generator)[: 2 * round(share * classes / 2)].view(
+        -1, 2
+    )
     order = torch.arange(classes)
     order[pairs] = pairs.flip(1)
     return logits[:, order]
@@ -117,7 +119,12 @@ def train_student(
     images: Tensor, teacher_logits: Tensor, labels: Tensor, loss: study.Loss, epochs: int
 ) -> tuple[nn.Module, Tensor]:
     """Also returns the mean weight that WSL gives, or would give, to every image during the training."""
-    layers = nn.Flatten(), nn.Linear(images[0].numel(), 256), nn.ReLU(), nn.Linear(256, teacher_logits.shape[1])
+    layers = (
+        nn.Flatten(),
+        nn.Linear(images[0].numel(), 256),
+        nn.ReLU(),
+        nn.Linear(256, teacher_logits.shape[1]),
+    )
     student = nn.Sequential(*layers).to(images.device)
     optimizer = torch.optim.AdamW(student.parameters(), fused=True)
     steps = epochs * study.steps_per_epoch(len(images))
@@ -130,14 +137,18 @@ def train_student(
             loss(student_logits, teacher_logits[batch], labels[batch]).backward()
             optimizer.step()
             schedule.step()
-            weight[batch] += wsl_terms(student_logits, teacher_logits[batch], labels[batch]).weight / epochs
+            weight[batch] += (
+                wsl_terms(student_logits, teacher_logits[batch], labels[batch]).weight / epochs
+            )
     return student, weight.cpu()
 
 
 def load_task(args: argparse.Namespace) -> Task:
     task = study.load_task(args.dataset, args.data, args.device)
     if args.dataset == "fashion-mnist":  # without its padding
-        train, test = (images[..., 2:-2, 2:-2].contiguous() for images in (task.train_images, task.test_images))
+        train, test = (
+            images[..., 2:-2, 2:-2].contiguous() for images in (task.train_images, task.test_images)
+        )
         task = task._replace(train_images=train, test_images=test)
     return task
 
@@ -145,15 +156,26 @@ def load_task(args: argparse.Namespace) -> Task:
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     task = load_task(args)
     torch.manual_seed(seed)
-    own, others = study.draw(task, args.train_images + max(args.sizes)).split([args.train_images, max(args.sizes)])
-    images, labels, classes = task.train_images[own], task.train_labels[own].cpu(), int(task.train_labels.max()) + 1
+    own, others = study.draw(task, args.train_images + max(args.sizes)).split(
+        [args.train_images, max(args.sizes)]
+    )
+    images, labels, classes = (
+        task.train_images[own],
+        task.train_labels[own].cpu(),
+        int(task.train_labels.max()) + 1,
+    )
     if args.dataset == "digits":
         images = task.augment(images)
-    steps, cached = args.teacher_epochs * study.steps_per_epoch(max(args.sizes)), {}  # as many for every teacher
+    steps, cached = (
+        args.teacher_epochs * study.steps_per_epoch(max(args.sizes)),
+        {},
+    )  # as many for every teacher
     for size in args.sizes:
         (teacher,) = study.train_teachers(task, others[:size], steps // study.steps_per_epoch(size))
         with torch.inference_mode():
-            cached[size] = torch.cat([teacher(part) for part in images.split(study.EVALUATION_BATCH)]).cpu()
+            cached[size] = torch.cat(
+                [teacher(part) for part in images.split(study.EVALUATION_BATCH)]
+            ).cpu()
 
     rows = {}
     for setting in settings(args):
@@ -173,7 +195,11 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
             data = images, teacher_logits.to(args.device), given.to(args.device)
             student, weight = train_student(*data, loss, args.epochs)
             row = {"accuracy": study.accuracy(study.predict(task, student), task.test_labels)}
-            seen = (teacher_logits.argmax(1) != labels).float().mean(), weight[right].mean(), weight[~right].mean()
+            seen = (
+                (teacher_logits.argmax(1) != labels).float().mean(),
+                weight[right].mean(),
+                weight[~right].mean(),
+            )
             row |= dict.fromkeys(SHARES) if method == "CE" else dict(zip(SHARES, map(float, seen)))
             rows[of, method] = {"seed": seed, **of._asdict(), "method": method, **row}
     return list(rows.values())
@@ -195,7 +221,9 @@ def restore(out: Path) -> dict[int, list[Row]]:
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
     """Of every setting: mean and half the 95 % interval of accuracies, their differences within a seed, and shares."""
-    found = dict.fromkeys(Setting(*(row[name] for name in Setting._fields)) for row in rows if row["method"] != "CE")
+    found = dict.fromkeys(
+        Setting(*(row[name] for name in Setting._fields)) for row in rows if row["method"] != "CE"
+    )
     summary = []
     for setting in found:
         where = {method: {**setting._asdict(), "method": method} for method in METHODS}
@@ -221,13 +249,19 @@ def name_of(row: Row) -> str:
 
 def print_table(summary: Sequence[Row]) -> None:
     print(f"\n{summary[0]['seeds']} seeds: mean +- half a 95 % confidence interval (Student's t)")
-    print("Test accuracy in %, differences within a seed; wrong: in % of the student's images; weights by whether the")
+    print(
+        "Test accuracy in %, differences within a seed; wrong: in % of the student's images; weights by whether the"
+    )
     print("teacher is right by the label that is given, means over the training by WSL\n")
     differences = list(map(" - ".join, DIFFERENCES))
     names = ["teacher", "wrong", *METHODS, *differences, "weight if right", "if wrong"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
     for row in summary:
-        cells = [name_of(row), f"{100 * row['teacher_wrong']:.1f}", *(f"{row[method]:.2f}" for method in METHODS)]
+        cells = [
+            name_of(row),
+            f"{100 * row['teacher_wrong']:.1f}",
+            *(f"{row[method]:.2f}" for method in METHODS),
+        ]
         cells += [f"{row[name]:+.2f} +- {row[f'{name} half']:.2f}" for name in differences]
         cells += [f"{row[name]:.2f}" for name in SHARES[1:]]
         print("| " + " | ".join(cells) + " |")
@@ -238,7 +272,16 @@ def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None
     for i, method in enumerate(METHODS):
         places = [100 * row[x] + 0.3 * (i - 1.5) for row in rows]
         means, halves = zip(*((row[method], row[f"{method} half"]) for row in rows))
-        axes.errorbar(places, means, halves, fmt="o-", markersize=4, capsize=3, color=COLORS[method], label=method)
+        axes.errorbar(
+            places,
+            means,
+            halves,
+            fmt="o-",
+            markersize=4,
+            capsize=3,
+            color=COLORS[method],
+            label=method,
+        )
     what = "labels that are wrong" if x == "noise" else "images on which the teacher is wrong"
     axes.set(xlabel=f"{what} (%)", ylabel="test accuracy (%)")
     axes.set_title(title, fontsize=10)
@@ -247,12 +290,16 @@ def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None
 def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
     for i, (other, marker) in enumerate((("KD", "o"), ("uniform", "s"), ("CE", "D"))):
         places = [-place - 0.2 * (i - 1) for place in range(len(summary))]
-        means, halves = zip(*((row[f"WSL - {other}"], row[f"WSL - {other} half"]) for row in summary))
+        means, halves = zip(
+            *((row[f"WSL - {other}"], row[f"WSL - {other} half"]) for row in summary)
+        )
         style = {"fmt": marker, "markersize": 4, "capsize": 2, "color": COLORS[other]}
         axes.errorbar(means, places, xerr=halves, label=f"above {other}", **style)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_yticks([-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8)
+    axes.set_yticks(
+        [-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8
+    )
     axes.set_xlabel("test accuracy of WSL (points)")
     axes.legend(fontsize=8)
 
@@ -265,7 +312,9 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
         "naturally worse teachers": [row for row in base if not row["share"] and not row["noise"]],
         "mistakes at random": [row for row in good if row["mistakes"] in ("none", "random")],
         "classes swapped": [row for row in good if row["mistakes"] in ("none", "systematic")],
-        "noisy labels": [row for row in base if row["teacher_images"] == largest and not row["share"]],
+        "noisy labels": [
+            row for row in base if row["teacher_images"] == largest and not row["share"]
+        ],
     }
     figure = Figure(figsize=(13, 6.5), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.1))
@@ -274,7 +323,10 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
         plot_accuracies(axes, rows, title, "noise" if "labels" in title else "teacher_wrong")
     axes.legend(fontsize=8)
     plot_gains(figure.add_subplot(grid[:, 2]), summary)
-    figure.suptitle(f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']} seeds", fontsize=11)
+    figure.suptitle(
+        f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']} seeds",
+        fontsize=11,
+    )
     figure.savefig(path, dpi=120)
 
 
@@ -291,7 +343,9 @@ def report(out: Path, options: Row) -> None:
 
 def main() -> None:
     parser = study.make_parser(__doc__, epochs=None, out="runs/teacher_mistakes")
-    parser.add_argument("--sizes", type=int, nargs="+", help="images of the teachers (by dataset, see above)")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="images of the teachers (by dataset, see above)"
+    )
     args = parser.parse_args()
     if args.dataset not in BY_DATASET:
         parser.error(f"--dataset must be {' or '.join(BY_DATASET)}, got {args.dataset}")
