@@ -15,8 +15,9 @@ from budget import assert_as_reference, step
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weighted_soft_labels import WSLLoss, _eager, reference, wsl_loss
+from weighted_soft_labels import WSLLoss, reference, wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
+from weighted_soft_labels.backends import eager
 
 INF, NAN = math.inf, math.nan
 SHAPES = [(5,), (1, 2), (7, 10), (4, 1000), (3, 1500), (2, 5, 3), (3, 19, 4, 5), (2, 3, 2, 3, 2)]
@@ -110,7 +111,7 @@ def test_uint8_target_is_not_taken_for_the_default_ignore_index():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_tiles_and_their_remainders(shape, dtype, monkeypatch):
     whole = wsl_terms(*problem(shape, dtype=dtype))
-    monkeypatch.setattr(_eager, "BLOCK", 64)
+    monkeypatch.setattr(eager, "BLOCK", 64)
     assert_as_reference(*problem(shape, ignored=True, dtype=dtype))
     assert_as_reference(*problem(shape, probabilities=True, dtype=dtype), reduction="sum")
     torch.testing.assert_close(wsl_terms(*problem(shape, dtype=dtype)), whole)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from weighted_soft_labels.loss import DTYPES, Options, check_options, check_tensors
+from weighted_soft_labels._operator import distill
+from weighted_soft_labels._options import DTYPES, Options, check_options, check_tensors
 
 __all__ = ["BiasVariance", "WSLTerms", "bias_variance", "regularization_samples", "wsl_terms"]
 
@@ -78,9 +79,7 @@ def wsl_terms(
     """
     options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
-    terms = torch.ops.weighted_soft_labels.terms(
-        student_logits, teacher_logits, target, options.temperature, options.ignore_index
-    )
+    terms = distill(student_logits, teacher_logits, target, options._replace(reduction="terms"))
     return WSLTerms(*terms.float().unbind(0))
 
 

@@ -17,63 +17,60 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from weighted_soft_labels.loss import Options
+from weighted_soft_labels._options import Options, index_shape
 
 EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
 BLOCK = 2**18  # logits at a time, of which there are about ten copies in scratch memory
 
-TAKES_MATRICES = False
 
-
-def forward(
+def run(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
 ) -> Tensor:
-    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
+    """The loss of these logits; see `weighted_soft_labels.backends`."""
+    if student.dim() == 2:
+        student, teacher, target = batched(student), batched(teacher), batched(target)
+        gradient = None if gradient is None else batched(gradient)
+        loss = run(student, teacher, target, options, gradient)
+        return loss[..., 0, :] if loss.dim() else loss
+    total = count(target, student.shape[1], options.ignore_index)
+    if options.reduction == "terms":
+        return _terms(student, teacher, target, options)
     loss = student.new_empty((student.shape[0], student.shape[2]), dtype=_dtype(student, teacher))
-    count = _count(target, student.shape[1], options.ignore_index).to(loss.dtype)
-    unit = 1 / count if options.reduction == "mean" else torch.ones_like(count)
+    total = total.to(loss.dtype)
+    unit = 1 / total if options.reduction == "mean" else torch.ones_like(total)
     _walk(student, teacher, target, options, unit, loss, gradient)
     if options.reduction == "none":
         return loss
-    return loss.sum() / count if options.reduction == "mean" else loss.sum()
+    return loss.sum() / total if options.reduction == "mean" else loss.sum()
 
 
-def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    upstream: Tensor,
-    options: Options,
-    gradient: Tensor,
-) -> None:
-    """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    count = _count(target, student.shape[1], options.ignore_index).to(_dtype(student, teacher))
-    unit = upstream / count if options.reduction == "mean" else upstream
-    _walk(student, teacher, target, options, unit, None, gradient)
+def batched(x: Tensor) -> Tensor:
+    """View (N, C) as (1, C, N), and (N,) as (1, N)."""
+    return x.t()[None]
 
 
-def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-    """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
-    _count(target, student.shape[1], options.ignore_index)
-    found = student.new_empty(
-        (4, student.shape[0], student.shape[2]), dtype=_dtype(student, teacher)
-    )
+def multiply_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
+    if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
+        return
+    rows = gradient.flatten(2) if gradient.dim() > 2 else batched(torch.atleast_2d(gradient))
+    factors = factor.expand(index_shape(gradient.shape)).reshape(rows.shape[0], rows.shape[2])
+    for b, r in blocks(rows):  # with another dtype ATen makes a copy of the whole tensor
+        rows[b, :, r].mul_(factors[b, None, r])
+
+
+def _terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
+    shape = 4, student.shape[0], student.shape[2]
+    result = student.new_empty(shape, dtype=_dtype(student, teacher))
     for b, r, _, kept, s, t in _statistics(student, teacher, target, options):
         block = torch.cat((s.ce, t.ce, *_combine(s, t, options.temperature)), 1)
-        found[:, b, r] = torch.where(kept, block, 0.0).movedim(1, 0)
-    return found
-
-
-def scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiply a gradient that was formed for an incoming gradient of 1, in place."""
-    if not gradient.is_cpu or upstream.item() != 1:  # elsewhere, to look would be to wait
-        gradient.mul_(upstream)
+        result[:, b, r] = torch.where(kept, block, 0.0).movedim(1, 0)
+    return result
 
 
 class Row(NamedTuple):
@@ -93,7 +90,7 @@ def _statistics(
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor, Row, Row]]:
     """Block by block: its place in B and R, class probabilities, which rows take part, and both sets of logits."""
     dtype = _dtype(student, teacher)
-    for b, r in _blocks(student):
+    for b, r in blocks(student):
         q, kept = _label(target[b, ..., r], student.shape[1], options.ignore_index, dtype)
         s, t = (
             _row(logits[b, :, r].to(dtype), q, options.temperature) for logits in (student, teacher)
@@ -200,7 +197,7 @@ def _dtype(student: Tensor, teacher: Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
 
 
-def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
+def blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
     """Cut (B, C, R) along B and R into blocks of at most BLOCK logits, but at least one row."""
     batches, classes, rows = logits.shape
     across = max(1, min(rows, BLOCK // classes))
@@ -210,10 +207,11 @@ def _blocks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(b, b + down), slice(r, r + across)
 
 
-def _count(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+def count(target: Tensor, classes: int, ignore_index: int) -> Tensor:
     """How many rows count in the mean, 0-dim. On a CPU, raises IndexError for an index that names no class."""
     if target.is_floating_point():
-        return torch.tensor(target.shape[0] * target.shape[2], device=target.device)
+        rows = target.shape[0] * target.shape[2:].numel()
+        return torch.full((), rows, device=target.device)
     label = target.long()  # compared in uint8, 156 would equal an ignore_index of -100
     kept = label != ignore_index
     if target.device.type == "cpu":

@@ -1,0 +1,328 @@
+"""The operator of the loss, and the one autograd boundary around it.
+
+    wsl_loss
+       |
+    distill -- eager code -----------------> EagerLoss ----------> form
+       |                                                            ^  \\
+       '------ compiled, exported, traced    weighted_soft_labels   |   backends.choose(...).run
+               code, tensor subclasses  ---> ::forward, wrapped in -'
+                                             SavedGradients
+
+The forward pass forms the gradient for an upstream gradient of 1. Autograd saves that gradient and
+nothing else of the size of the logits. The backward pass multiplies it by the upstream gradient.
+
+A float16 gradient divided by the number of elements would underflow before a gradient scaler
+multiplies it. So it is saved times a power of two and not divided, and `scale` undoes both in
+float32. For other dtypes there is no scale.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+from weighted_soft_labels import backends
+from weighted_soft_labels._options import Options, class_count, in_memory, index_shape, signed
+from weighted_soft_labels.backends import eager
+
+
+def distill(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, *group: str
+) -> Tensor:
+    """Return the loss; `group` names the processes over which the classes are sharded."""
+    # Detached, so that the loss does not keep the graphs of teacher and target alive.
+    teacher = teacher.detach() if teacher.requires_grad else teacher
+    target = target.detach() if target.requires_grad else target
+    if not group and _unobserved(student, teacher, target):
+        backend = backends.choose(student, teacher, target)
+        if student.requires_grad and torch.is_grad_enabled():
+            loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
+            return loss
+        return form(student, teacher, target, False, options, backend.run)[0]
+    operator = torch.ops.weighted_soft_labels.forward
+    operator = operator.sharded if group else operator.default
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return operator(student, teacher, target, False, *options, *group)[0]
+    # A transform of torch.func sees a Function, but not a kernel of the dispatcher.
+    return SavedGradients.apply(operator, student, teacher, target, True, *options, *group)[0]
+
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+_included = torch._C._dispatch_tls_is_dispatch_key_included
+_PYTHON, _PRE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch
+
+
+def _unobserved(*tensors: Tensor) -> bool:
+    """Return whether no compiler, transform or tensor subclass intercepts operators.
+
+    Then `distill` skips the dispatcher, which takes about 12 us a step.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, tensors))
+        and not _included(_PYTHON)
+        and not _included(_PRE_DISPATCH)
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+# --- what the operator does ---
+
+
+def form(
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, options: Options, run: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the loss, the scale of the gradient and, if `wanted`, the gradient."""
+    student = in_memory("student_logits", student)
+    teacher = in_memory("teacher_logits", teacher)
+    target = signed(in_memory("target", target))
+    gradient = empty_gradient(student) if wanted else None
+    power = 0.0
+    if wanted and student.dtype == torch.float16:
+        power = _power_of_two(options)
+    operands = student, teacher, target, gradient
+    if student.dim() not in (2, 3):
+        operands = tuple(_as_matrices(x, student.dim()) for x in operands)
+    *tensors, filled = operands
+    loss = run(*tensors, _scaled(options, power) if power else options, filled)
+    if options.reduction in ("none", "terms"):
+        leading = (4,) if options.reduction == "terms" else ()
+        loss = loss.view(leading + index_shape(student.shape))
+    if not power:
+        return loss, None, gradient
+    scale = student.new_full((), 1 / power, dtype=torch.float32)
+    loss = loss * scale
+    if options.reduction == "mean":
+        count = eager.count(target, class_count(student.shape), options.ignore_index)
+        loss, scale = loss / count, scale / count.clamp(min=1)
+    return loss, scale, gradient
+
+
+def _as_matrices(x: Tensor | None, dims: int) -> Tensor | None:
+    """View logits of `dims` dimensions, or their target, as (N, C), (N, C, R), (N,) or (N, R)."""
+    if x is None:
+        return None
+    return x[None] if dims == 1 else x.flatten(x.dim() + 2 - dims)
+
+
+def empty_gradient(student: Tensor) -> Tensor:
+    """In the student's order of dimensions if (N, C, R) is a view of that, else contiguous."""
+    gradient = torch.empty_like(student)
+    try:
+        if student.dim() > 3:
+            gradient.view(*student.shape[:2], math.prod(student.shape[2:]))
+    except (RuntimeError, ValueError):  # ValueError: fake tensors
+        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+    return gradient
+
+
+def _power_of_two(options: Options) -> float:
+    """Return the largest power of two by which no entry of the gradient exceeds 2^15."""
+    bound = options.hard_weight + options.alpha * options.temperature
+    return 2.0 ** min(100, math.floor(math.log2(2**15 / bound))) if bound else 1.0
+
+
+def _scaled(options: Options, power: float) -> Options:
+    """Scale loss and gradient, exactly, and leave out the division by the number of elements."""
+    return options._replace(
+        alpha=options.alpha * power,
+        hard_weight=options.hard_weight * power,
+        reduction="sum" if options.reduction == "mean" else options.reduction,
+    )
+
+
+# --- the autograd boundary ---
+
+
+class EagerLoss(Function):
+    """The boundary for plain eager code: fewer levels and one output, so less time per step."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor,
+        options: Options,
+        backend: ModuleType,
+    ) -> Tensor:
+        loss, scale, gradient = form(student, teacher, target, True, options, backend.run)
+        ctx.multiply_ = getattr(backend, "multiply_", eager.multiply_)
+        ctx.save_for_backward(loss, scale, gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        loss, scale, gradient = ctx.saved_tensors
+        _refuse_batched(upstream)
+        if torch.is_grad_enabled() or _graph_is_kept() or gradient._use_count() != ONE_OWNER:
+            result = multiplied(gradient, upstream, scale, loss)
+        else:
+            result = gradient
+            ctx.multiply_(gradient, upstream if scale is None else upstream * scale)
+        return result, None, None, None, None
+
+
+# The references to a saved tensor in backward: autograd's and the one of Python. A saved-tensor
+# hook that keeps the tensor, or gave another one, makes it another number.
+ONE_OWNER = 2
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+class SavedGradients(Function):
+    """The boundary for every other mode: an operator that returns (loss, scale, *gradients).
+
+    The gradients belong to the operator's first arguments; an empty gradient or scale is none.
+    """
+
+    @staticmethod
+    def forward(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs: tuple[Tensor, ...] = operator(*arguments)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output)
+        ctx.dtypes = [x.dtype for x in inputs[1 : len(output) - 1] if isinstance(x, Tensor)]
+        ctx.arguments = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        loss, scale, *gradients = ctx.saved_tensors
+        _refuse_batched(upstream)
+        results = [None] * ctx.arguments
+        for i, gradient in enumerate(gradients, 1):
+            if ctx.needs_input_grad[i]:
+                results[i] = multiplied(gradient, upstream, scale, loss)
+        return tuple(results)
+
+
+def multiplied(gradient: Tensor, upstream: Tensor, scale: Tensor | None, loss: Tensor) -> Tensor:
+    """Return gradient * upstream * scale, rounded once; refuses to be differentiated."""
+    with torch.no_grad():
+        factor = upstream if scale is None or scale.dim() else upstream * scale
+        # A factor without dimensions would be rounded to the gradient's dtype first.
+        factor = factor.unsqueeze(min(1, gradient.dim() - 1)) if factor.dim() else factor[None]
+        result = (gradient * factor).to(gradient.dtype)
+    if torch.is_grad_enabled():
+        result = RefuseSecondDerivative.apply(result, loss, upstream)
+    return result
+
+
+class RefuseSecondDerivative(Function):
+    """A gradient as a function of the loss and the upstream gradient, which has no derivative."""
+
+    @staticmethod
+    def forward(gradient: Tensor, loss: Tensor, upstream: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Any:
+        raise RuntimeError(
+            "wsl_loss cannot be differentiated twice: its gradient is a closed form without a "
+            "graph. Use weighted_soft_labels.reference.wsl_loss, which supports create_graph=True."
+        )
+
+
+def refuse_transforms(*args: Any) -> Any:
+    raise NotImplementedError(
+        "wsl_loss supports neither vmap (jacrev, hessian) nor forward-mode AD (jvp, jacfwd). "
+        "Use weighted_soft_labels.reference.wsl_loss, which does."
+    )
+
+
+def _refuse_batched(upstream: Tensor) -> None:
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
+        refuse_transforms()
+
+
+for boundary in (EagerLoss, SavedGradients, RefuseSecondDerivative):
+    boundary.jvp = staticmethod(refuse_transforms)
+    boundary.vmap = staticmethod(refuse_transforms)
+
+
+# --- the operator ---
+
+OPTIONS = (
+    "float temperature, float alpha, float hard_weight, float label_smoothing, "
+    "int ignore_index, str reduction"
+)
+ARGUMENTS = f"Tensor student, Tensor teacher, Tensor target, bool wanted, {OPTIONS}"
+
+try:
+    _library: Any = torch.library.Library("weighted_soft_labels", "DEF")
+except RuntimeError as error:
+    raise ImportError(
+        "weighted_soft_labels was imported before in this process, and its operators belong to "
+        "that copy. Start a new process, and look for a second copy on sys.path."
+    ) from error
+
+
+def define(name: str, schema: str, run: Any, fake: Any, autograd: Any) -> None:
+    """Register an operator for all devices at once, with its fake form and Autograd kernel."""
+    _library.define(f"{name}({schema}")
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    _library.impl(name, autograd, "Autograd")
+    torch.library.register_fake(f"weighted_soft_labels::{name}", fake, lib=_library)
+    torch.library.register_vmap(f"weighted_soft_labels::{name}", refuse_transforms, lib=_library)
+
+
+def operator_forward(
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *options: Any
+) -> tuple[Tensor, ...]:
+    run = backends.choose(student, teacher, target).run
+    return tensors_only(*form(student, teacher, target, wanted, Options(*options), run))
+
+
+def tensors_only(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
+    """An operator returns tensors: an empty one stands for None."""
+    return loss, *(loss.new_empty(0) if x is None else x for x in others)
+
+
+def fake_forward(
+    student: Tensor, teacher: Tensor, _: Tensor, wanted: bool, *options: Any
+) -> tuple[Tensor, ...]:
+    wide = torch.float64 in (student.dtype, teacher.dtype)
+    shape = index_shape(student.shape)
+    if "terms" in options:
+        shape = (4, *shape)
+    elif "none" not in options:
+        shape = ()
+    loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    scale = None
+    if wanted and student.dtype == torch.float16:
+        scale = loss.new_empty((), dtype=torch.float32)
+    return tensors_only(loss, scale, empty_gradient(student) if wanted else None)
+
+
+def autograd_kernel(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    if torch._C._are_functorch_transforms_active():  # `distill` handles those of eager code
+        raise NotImplementedError(
+            "wsl_loss in a torch.func transform: leave the transform out of the compiled code"
+        )
+    student, teacher, target, wanted, *others = arguments
+    wanted = wanted or (torch.is_grad_enabled() and student.requires_grad)
+    outputs = SavedGradients.apply(operator(), student, teacher, target, wanted, *others)
+    return outputs
+
+
+define(
+    "forward",
+    f"{ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    operator_forward,
+    fake_forward,
+    partial(autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.default),
+)

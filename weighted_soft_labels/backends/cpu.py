@@ -1,0 +1,94 @@
+"""CPU backend: calls the C kernel. Rows with inf or NaN go to the eager backend.
+
+The threads are torch's own, so `torch.set_num_threads` holds and two runtimes never compete. Since
+torch 2.10 torch lends them to C code; before, the kernel uses one thread. Every row is computed by
+one thread, and one thread adds up the losses: the result has the same bits for any number of
+threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weighted_soft_labels._options import Options
+from weighted_soft_labels import _rows as cpu_kernel
+from weighted_soft_labels.backends import eager
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu_kernel.c
+NO_TENSOR = (0, (0, 0, 0), 0)
+CHUNK = 2**20  # logits of non-finite rows that are gathered at a time
+PARALLEL_FOR = 0  # the address of torch's C function that runs a loop on its threads
+LIBRARIES = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}
+with suppress(OSError, AttributeError):
+    path = Path(torch.__file__).parent / "lib" / LIBRARIES.get(sys.platform, "libtorch_cpu.so")
+    function = ctypes.CDLL(str(path)).torch_parallel_for
+    PARALLEL_FOR = ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
+def run(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+) -> Tensor:
+    """The loss of these logits; see `weighted_soft_labels.backends`."""
+    target = target.long().contiguous()
+    shape = (4, *target.shape) if options.reduction == "terms" else target.shape
+    rows = torch.empty(shape, dtype=torch.float32, device="cpu")
+    loss = rows if options.reduction in ("none", "terms") else rows.new_empty(())
+    matrix = student.dim() == 2
+    non_finite, count = cpu_kernel.run(
+        PARALLEL_FOR,
+        (1, *student.shape[::-1]) if matrix else student.shape,
+        _described(student),
+        _described(teacher),
+        NO_TENSOR if gradient is None else _described(gradient),
+        target.data_ptr(),
+        rows.data_ptr(),
+        0 if loss is rows else loss.data_ptr(),
+        0,
+        options,
+    )
+    if non_finite:
+        _recompute(student, teacher, target, options, gradient, rows, count)
+        if options.reduction == "mean":
+            return (rows.double().sum() / count).float()
+        return rows.double().sum().float() if options.reduction == "sum" else rows
+    return loss
+
+
+def _described(logits: Tensor) -> tuple[int, tuple[int, ...], int]:
+    """Return the address of logits, their strides as (N, C, R), and the code of their dtype."""
+    strides = logits.stride()
+    if len(strides) == 2:
+        strides = 0, strides[1], strides[0]
+    return logits.data_ptr(), strides, CODES[logits.dtype]
+
+
+def _recompute(
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    rows: Tensor,
+    count: int,
+) -> None:
+    """Compute the rows that the kernel marked by NaN with the eager backend."""
+    terms = options.reduction == "terms"
+    unit = 1 / count if options.reduction == "mean" else 1.0
+    each = options if terms else options._replace(reduction="none")
+    student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
+    marked = (rows[0] if terms else rows).isnan().nonzero()
+    for chunk in marked.split(max(1, CHUNK // student.shape[-1])):
+        index = chunk.unbind(1)
+        formed = None
+        if gradient is not None:
+            formed = student.new_empty((len(chunk), student.shape[-1]), dtype=torch.float32)
+        part = eager.run(student[index], teacher[index], target[index], each, formed)
+        rows[(slice(None), *index) if terms else index] = part
+        if gradient is not None:
+            gradient.movedim(1, -1)[index] = (formed * unit).to(gradient.dtype)
