@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from multiprocessing import Pool
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -121,8 +121,8 @@ def accuracy(model: nn.Module, test: Examples) -> float:
 
 def run_seeds(run_seed: Callable[[int], Measured], seeds: int) -> Results:
     # One thread per process: the networks are tiny, and the two seeds share the cores.
-    with Pool(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        runs = list(tqdm(pool.imap(run_seed, range(seeds)), total=seeds, unit="seed"))
+    with ProcessPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        runs = list(tqdm(pool.map(run_seed, range(seeds)), total=seeds, unit="seed"))
     return {names: torch.tensor([run[names] for run in runs]) for names in runs[0]}
 
 
