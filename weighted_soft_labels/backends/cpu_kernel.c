@@ -100,14 +100,11 @@ typedef struct { /* the statistics of each lane */
 
 typedef struct { /* one entry per row */
     int32_t label[LANES]; /* -1: ignored */
-    int32_t top[LANES];   /* the student's top class, set if its probability is above half */
+    int32_t top[LANES];   /* the student's top class, set if it has more than half of the mass */
     float label_logit[SETS][LANES], peak[SETS][LANES], sum[SUMS][LANES], scale[SCALES][LANES];
 } Rows;
 
-typedef union {
-    float number;
-    int32_t bits;
-} Float;
+typedef union { float number; int32_t bits; } Float;
 
 INLINE int32_t bits(float number) { return ((Float){.number = number}).bits; }
 INLINE float from_bits(int32_t bits) { return ((Float){.bits = bits}).number; }
@@ -190,10 +187,10 @@ INLINE float log1p_(float x)
     const float n = (float)(i >> 23), f = from_bits((i & 0x7fffff) + 0x3f3504f3) - 1.0f;
     const float s = f / (f + 2.0f), z = s * s, w = z * z;
     const float half_square = f * f * 0.5f;
-    const float odd_ = z * (w * 0.28498787f + 0.66666663f);
-    const float even = w * (w * 0.24279079f + 0.40000972f);
+    const float polynomial =
+        z * (w * 0.28498787f + 0.66666663f) + w * (w * 0.24279079f + 0.40000972f);
     const float low = n * 9.0580006e-06f + (x - (u - 1.0f)) / u;
-    return s * (half_square + (odd_ + even)) + low - half_square + f + n * 0.69313812f;
+    return s * (half_square + polynomial) + low - half_square + f + n * 0.69313812f;
 }
 
 typedef struct { /* one class of one row */
@@ -244,7 +241,9 @@ INLINE void add_up(const Job *job, const Tile *tile, int64_t row, Lanes *at, con
         prefetch[i] = tile->prefetch[i].address + row * tile->prefetch[i].row;
     for (int64_t k = 0; k < tile->steps;) {
         const int64_t end = tile->steps - k < BLOCK ? tile->steps : k + BLOCK;
-        float sum[SUMS][LANES] = {{0}};
+        float sum[SUMS][LANES];
+        for (int i = 0; i < SUMS; i++)
+            EACH_LANE sum[i][l] = 0;
         for (; k < end; k++) {
             for (int i = 0; i < 3; i++) {
                 PREFETCH(prefetch[i]);
@@ -340,8 +339,8 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
     }
 }
 
-/* Gradient of row `j`, or of all rows with pixels, before `gradient_at_label_and_top`. Also finds
- * the top class. */
+/* Gradient of row `j`, or with pixels of all rows, without the corrections of
+ * `gradient_at_label_and_top`. Also finds the top class, whose exp(z / T) is 1. */
 INLINE void gradient(const Job *job, const Tile *tile, int64_t offset, int j, Rows *rows,
                      const int kind, const int lanes)
 {
@@ -350,7 +349,7 @@ INLINE void gradient(const Job *job, const Tile *tile, int64_t offset, int j, Ro
     const float *__restrict e_in = tile->e + offset;
     float scale[SCALES][LANES];
     int32_t top[LANES];
-    for (int64_t c = tile->pixels ? tile->row_pitch : job->classes; c < tile->row_pitch; c++)
+    for (int64_t c = job->classes; c < tile->row_pitch; c++)
         student[c] = 0; /* padding is never the top class */
     EACH_LANE top[l] = -1;
     for (int i = 0; i < SCALES; i++)
@@ -372,7 +371,7 @@ INLINE void gradient(const Job *job, const Tile *tile, int64_t offset, int j, Ro
 }
 
 /* Corrects the gradient of row `j` at the label and at the top class. If the top class has more
- * than half, its p - 1 is -others / (1 + others), which is no difference of numbers near 1. */
+ * than half of the mass (others < 1), its p - 1 is -others / (1 + others): 1 - p would cancel. */
 INLINE void gradient_at_label_and_top(const Job *job, const Tile *tile, int64_t offset, int j,
                                       const Rows *rows)
 {
@@ -486,7 +485,7 @@ INLINE void load_tile(const Job *job, const Logits *logits, const Tile *tile, fl
     for (int64_t j = 0; j < tile->lines; j++, line += tile->line_pitch) {
         const char *address = view.address + j * between;
         if (!tile->pixels && label_of(job, tile->first + j) == job->ignore_index)
-            continue;
+            continue; /* saves the time; with pixels a line holds many rows */
         WITH_DTYPE(load_line, address, stride, line, tile->length, logits->dtype);
         for (int64_t k = tile->length; k < tile->line_pitch && !tile->pixels; k++)
             line[k] = line[0]; /* padding does not change the maximum */
@@ -502,7 +501,7 @@ INLINE void store_tile(const Job *job, const Logits *logits, const Tile *tile, f
     for (int64_t j = 0; j < tile->lines; j++, line += tile->line_pitch) {
         char *address = view.address + j * between;
         if (!tile->pixels && loss[j] != loss[j])
-            continue; /* Python reads this student again, whom the gradient may overwrite */
+            continue; /* Python recomputes the row from logits that this may overwrite */
         WITH_DTYPE(store_line, address, stride, line, tile->length, logits->dtype);
     }
 }
