@@ -150,7 +150,7 @@ def summary(rows: list[Row], linear: list[Row]) -> str:
             ours, theirs = cells[shape, f"wsl_loss{form}"], cells[shape, f"distillation{form}"]
             line.append(milliseconds(ours["p20_us"], theirs["p20_us"], 1000))
         ours, theirs = cells[shape, "wsl_loss"], cells[shape, "distillation"]
-        memory = f"{ours['peak_logits']} for {theirs['peak_logits']}"
+        memory = f"{ours['peak_logits']} vs {theirs['peak_logits']}"
         lines.append([*line, memory if ours["peak_logits"] else "-"])
     ours, theirs = linear[:2]
     length, width, classes = ours["shape"].split("x")
@@ -160,7 +160,7 @@ def summary(rows: list[Row], linear: list[Row]) -> str:
             "`F.linear` twice + `wsl_loss`",
             milliseconds(ours["p20_ms"], theirs["p20_ms"], 1),
             "-",
-            " for ".join(f"{float(row['peak_float32_logits']):.2f}" for row in (ours, theirs)),
+            " vs ".join(f"{float(row['peak_float32_logits']):.2f}" for row in (ours, theirs)),
         ]
     )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -168,7 +168,7 @@ def summary(rows: list[Row], linear: list[Row]) -> str:
 
 def milliseconds(ours: str, theirs: str, divisor: int) -> str:
     times = (float(time) / divisor for time in (ours, theirs))
-    return " for ".join(f"{time:.3g}" if time < 100 else f"{time:,.0f}" for time in times) + " ms"
+    return " vs ".join(f"{time:.3g}" if time < 100 else f"{time:,.0f}" for time in times) + " ms"
 
 
 def main() -> None:
