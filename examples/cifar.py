@@ -457,7 +457,7 @@ def main(argv: list[str] | None = None) -> None:
         }
         save(last, content)
     save_figure(args.out / "curves.png", rows)
-    print(f"finished after {len(rows)} epochs: {args.out} holds log.csv, curves.png and last.pt")
+    print(f"finished {len(rows)} epochs: log.csv, curves.png and last.pt are in {args.out}")
 
 
 @torch.no_grad()

@@ -228,7 +228,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path, name: str) -> None:
-    """From a state dict, which may be the entry "model" or "state_dict" of the file."""
+    """Load a state dict, which may be the entry "model" or "state_dict" of the file."""
     state = content.get("model", content.get("state_dict", content))
     state = {key.removeprefix("module."): value for key, value in state.items()}
     try:
@@ -284,7 +284,7 @@ def make_data(args: argparse.Namespace) -> tuple[Dataset, Dataset, int]:
 
 
 def mix(*numbers: int) -> int:
-    """One seed from several numbers. torch reads 32 bits of it, too few for a sum of products."""
+    """One seed from several numbers. A sum would give some images of two epochs the same crop."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
@@ -463,7 +463,7 @@ def log_step(
     steps: int,
     row: dict[str, float],
 ) -> None:
-    """To TensorBoard and to the bar. Where there is no terminal, prints a line."""
+    """Write to TensorBoard and to the bar. Without a terminal, print a line."""
     for name, value in row.items():
         board.add_scalar(f"step/{name}", value, epoch * steps + step)
     values = {name: f"{value:.3g}" for name, value in row.items()}
@@ -474,7 +474,7 @@ def log_step(
 
 
 def log_epoch(folder: Path, board: SummaryWriter, steps: int, rows: list[dict[str, float]]) -> None:
-    """To TensorBoard, to log.csv and to the screen."""
+    """Write to TensorBoard, to log.csv and to the screen."""
     row = rows[-1]
     for name, value in row.items():
         board.add_scalar(f"epoch/{name}", value, len(rows) * steps)
@@ -686,7 +686,7 @@ def main() -> None:
             save(last, content)
 
     if rank == 0:
-        print(f"finished after {len(rows)} epochs: {args.out} holds log.csv, last.pt, tensorboard")
+        print(f"finished {len(rows)} epochs: log.csv, last.pt and tensorboard are in {args.out}")
     if world > 1:
         dist.destroy_process_group()
 

@@ -116,8 +116,7 @@ def test_prints_some_lines_an_epoch_and_where_the_results_are(finished: Path) ->
     lines = Path("printed").read_text().splitlines()
     steps = [f"epoch 2/2: {step} of 12 steps" for step in (3, 6, 9, 12)]
     assert [line for line in lines if line.startswith("epoch 2/2: ")] == steps
-    results = "finished holds log.csv, curves.png and last.pt"
-    assert lines[-1] == f"finished after 2 epochs: {results}"
+    assert lines[-1] == "finished 2 epochs: log.csv, curves.png and last.pt are in finished"
 
 
 def test_killed_within_an_epoch_and_resumed_ends_with_the_same_bits(finished: Path) -> None:
@@ -147,7 +146,7 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(
     assert contents(finished) == before
     resumed, results = capsys.readouterr().out.splitlines()
     assert resumed == "resumed finished/last.pt after epoch 2"
-    assert results.startswith("finished after 2 epochs: finished holds ")
+    assert results.startswith("finished 2 epochs: log.csv, ")
 
 
 @pytest.mark.filterwarnings("error")
@@ -300,8 +299,8 @@ def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(
     monkeypatch.setattr(cifar, "load_split", lambda args, train: (images, torch.arange(200)))
     mean, std = cifar.DATASETS["cifar100"][2:]
 
-    def expected(top: int, left: int, flip: bool) -> Tensor:
-        crop = tv.crop(tv.pad(images, 4), top, left, 32, 32)
+    def expected(row: int, column: int, flip: bool) -> Tensor:
+        crop = tv.crop(tv.pad(images, 4), row, column, 32, 32)
         return tv.normalize(
             (tv.hflip(crop) if flip else crop).expand(-1, 3, -1, -1) / 255, mean, std
         )
@@ -317,8 +316,8 @@ def test_epoch_holds_every_image_once_in_a_crop_of_torchvision(
         [(expected(*draw)[index] - got).abs().amax((1, 2, 3)) < 1e-5 for draw in draws]
     )
     assert torch.equal(matches.sum(0), torch.ones(200))
-    tops, lefts, flips = (torch.tensor(values)[matches.int().argmax(0)] for values in zip(*draws))
-    assert tops.unique().tolist() == lefts.unique().tolist() == list(range(9))
+    rows, columns, flips = (torch.tensor(values)[matches.int().argmax(0)] for values in zip(*draws))
+    assert rows.unique().tolist() == columns.unique().tolist() == list(range(9))
     assert 70 < flips.sum() < 130
 
     got, index = (torch.cat(parts) for parts in zip(*cifar.Batches(arguments(), train=False)))

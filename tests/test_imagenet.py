@@ -381,7 +381,7 @@ def test_prints_the_log_and_where_the_results_are(
     assert [line.split(":")[0] for line in lines[:3]] == [
         f"epoch 1, step {step} of 5" for step in (2, 4, 5)
     ]
-    assert lines[-1] == f"finished after 1 epochs: {tmp_path} holds log.csv, last.pt, tensorboard"
+    assert lines[-1] == f"finished 1 epochs: log.csv, last.pt and tensorboard are in {tmp_path}"
 
     before = contents(tmp_path)
     run(*options, "--epochs", 1, "--resume")

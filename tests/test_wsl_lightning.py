@@ -28,6 +28,7 @@ FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
 
 import lightning as L  # noqa: E402
+import wsl_lightning  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from wsl_lightning import Distillation  # noqa: E402
@@ -332,6 +333,26 @@ def test_script_distils_on_two_processes(tmp_path: Path) -> None:
     assert {name.split(".")[0] for name in torch.load(path, weights_only=True)["state_dict"]} == {
         "student"
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "301"), "at most 300 (images), got 301 for 1 devices"),
+        (("--batch-size", "5", "--devices", "2"), "must be a multiple of --devices"),
+        (("--epochs", "0"), "--epochs must be at least 1, got 0"),
+    ],
+)
+def test_script_refuses_options_that_would_train_on_nothing(
+    options: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["wsl_lightning.py", *options])
+    with pytest.raises(SystemExit):
+        wsl_lightning.parse_args()
+    assert message in capsys.readouterr().err
 
 
 if __name__ == "__main__":  # Lightning starts this file again for the second process

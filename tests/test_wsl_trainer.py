@@ -85,7 +85,7 @@ def make_teacher(kind: str) -> PreTrainedModel:
 
 
 def make_data(kind: str, count: int = COUNT) -> list[Example]:
-    """Of lengths from 1 to 6, so that the parts of a batch have different numbers of labels."""
+    """Lengths from 1 to 6, so that the parts of a batch have different numbers of labels."""
     generator = torch.Generator().manual_seed(3)
     examples = []
     for index in range(count):

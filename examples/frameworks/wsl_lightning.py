@@ -310,7 +310,7 @@ def report(trainer: L.Trainer, teacher_accuracy: float, student_accuracy: float)
     terms = ", ".join(f"{name} {metrics[name]:.3f}" for name in names)
     print(f"last logged step: {terms}")
     print(f"test accuracy: teacher {teacher_accuracy:.2f} %, student {student_accuracy:.2f} %")
-    print(f"{trainer.logger.log_dir} holds metrics.csv and the folder checkpoints")
+    print(f"metrics.csv and checkpoints are in {trainer.logger.log_dir}")
 
 
 if __name__ == "__main__":
