@@ -52,10 +52,6 @@ def test_causal_models_as_the_readme_has_it() -> None:
     student.zero_grad()
 
     (block,) = re.findall(r"```python\n(.*?linear_wsl_loss.*?)```", README, re.DOTALL)
-    code = [
-        line for line in block.splitlines() if line and not line.startswith(("from ", "import "))
-    ]
-    assert len(code) <= 10
     namespace = {"student": student, "teacher": teacher, "batch": batch}
     exec(block, namespace)
     torch.testing.assert_close(namespace["loss"], expected)
