@@ -640,6 +640,10 @@ def probe(tensor: Tensor) -> None:
         Exception: Triton, a compiler, its cache or the driver does not work.
     """
     if not INTERPRETED:
+        if not tensor.is_cuda:
+            raise RuntimeError(
+                f"Triton runs on a GPU, or with TRITON_INTERPRET=1, got {tensor.device}"
+            )
         with torch.cuda.device_of(tensor):
             dtypes = (torch.float32, torch.float32)
             kernel = _scale_kernel.warmup(*dtypes, 1, grid=(1,), num_warps=4, **FUSION)
