@@ -1,4 +1,4 @@
-"""Compile the kernels ahead of time for GPUs that need not be here, and report what each takes.
+"""Compile the kernels for GPUs that need not be here, and report what each takes.
 
 The kernels are specialised as the backend would launch them for tensors without data. The report
 has registers per thread, spills, shared memory per program, and loads and stores by width. Exits
