@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from weighted_soft_labels import backends
-from weighted_soft_labels._options import Options, class_count, in_memory, index_shape, signed
+from weighted_soft_labels._options import Options, in_memory, index_shape, signed
 from weighted_soft_labels.backends import eager
 
 
@@ -99,7 +99,7 @@ def form(
     scale = student.new_full((), 1 / power, dtype=torch.float32)
     loss = loss * scale
     if options.reduction == "mean":
-        count = eager.count(target, class_count(student.shape), options.ignore_index)
+        count = eager.count(tensors[2], None, options.ignore_index)
         loss, scale = loss / count, scale / count.clamp(min=1)
     return loss, scale, gradient
 
