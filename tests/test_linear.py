@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from weighted_soft_labels import linear, loss, reference
+from weighted_soft_labels import backends, linear, reference
 from weighted_soft_labels.linear import linear_wsl_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,7 +258,8 @@ def test_operator_is_what_it_claims_to_be():
     ]
     options = (2.0, 2.5, 1.0, 0.0, -100)
     for reduction, upstream in (("mean", None), ("none", None), ("none", torch.ones(ROWS))):
-        arguments = (*inputs, upstream, [True, True, False], None, 5, None, *options, reduction)
+        settings = (0.5, 1.0, None, 2.0, 5, None, None)
+        arguments = (*inputs, upstream, [True, True, False], *options, reduction, *settings)
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(
             torch.ops.weighted_soft_labels.linear_loss.default, arguments, test_utils=utilities
@@ -308,7 +309,7 @@ def test_accumulation_over_a_global_token_count():
         ({"student_weight": torch.zeros(0)}, ValueError, "student_weight has no elements, shape (0,): if ZeRO or FSDP"),
         ({"student_input": torch.zeros(ROWS, 8).bfloat16()}, TypeError, "same dtype, got torch.bfloat16 and"),
         ({"student_input": None}, TypeError, "student_input must be a Tensor, got NoneType"),
-        ({"teacher_weight": torch.zeros(50, 6).long()}, TypeError, "teacher_weight must have the same dtype"),
+        ({"teacher_weight": torch.zeros(50, 6).long()}, TypeError, "teacher_input and teacher_weight must have the same"),
         ({"teacher_weight": torch.zeros(50, 6, device="meta")}, ValueError, "of teacher_input, cpu, got meta"),
         ({"teacher_input": torch.zeros(12, 6)}, ValueError, "must have the same shape"),
         ({"target": torch.zeros(12).long()}, ValueError, "got (12,)"),
@@ -330,13 +331,15 @@ def test_transforms_are_refused():
         torch.func.grad(lambda w: linear_wsl_loss(student_weight=w, **tensors))(weight)
 
 
-def test_same_implementation_as_the_loss(monkeypatch):
-    """Whatever is chosen for the logits of a chunk."""
+def test_same_backend_as_the_loss(monkeypatch):
     chosen = []
-    original = loss.implementation
-    monkeypatch.setattr(
-        loss, "implementation", lambda s, t: chosen.append((s.shape, s.dtype)) or original(s, t)
-    )
+    original = backends.choose
+
+    def choose(student, teacher, target):
+        chosen.append((student.shape, student.dtype))
+        return original(student, teacher, target)
+
+    monkeypatch.setattr(backends, "choose", choose)
     with torch.no_grad():
         linear_wsl_loss(**problem(torch.bfloat16), chunk_size=8)
     assert chosen == [((8, CLASSES), torch.float32), ((5, CLASSES), torch.float32)]

@@ -160,7 +160,7 @@ class EagerLoss(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         loss, scale, gradient = ctx.saved_tensors
-        _refuse_batched(upstream)
+        refuse_batched(upstream)
         if torch.is_grad_enabled() or _graph_is_kept() or gradient._use_count() != ONE_OWNER:
             result = multiplied(gradient, upstream, scale, loss)
         else:
@@ -197,11 +197,12 @@ class SavedGradients(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         loss, scale, *gradients = ctx.saved_tensors
-        _refuse_batched(upstream)
+        refuse_batched(upstream)
         results = [None] * ctx.arguments
         for i, gradient in enumerate(gradients, 1):
             if ctx.needs_input_grad[i]:
-                results[i] = multiplied(gradient, upstream, scale, loss)
+                result = multiplied(gradient, upstream, scale, loss)
+                results[i] = result.to(ctx.dtypes[i - 1])  # a gradient may be saved in float32
         return tuple(results)
 
 
@@ -243,7 +244,7 @@ def refuse_transforms(*args: Any) -> Any:
     )
 
 
-def _refuse_batched(upstream: Tensor) -> None:
+def refuse_batched(upstream: Tensor) -> None:
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
         refuse_transforms()
