@@ -74,8 +74,8 @@ def vocab_parallel_wsl_loss(
     name = group_name(group)
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     options = checked(name, _check, student_logits, teacher_logits, target, options)
-    rows, classes = target.numel(), student_logits.shape[-1]
-    student, teacher = (x.reshape(rows, classes) for x in (student_logits, teacher_logits))
+    rows = target.numel()
+    student, teacher = (x.reshape(rows, x.shape[-1]) for x in (student_logits, teacher_logits))
     loss = _operator.distill(student, teacher, target.reshape(rows), options, name)
     return loss.view(target.shape) if reduction == "none" else loss
 

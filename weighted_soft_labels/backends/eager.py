@@ -115,15 +115,15 @@ def run(
         logits = student[b, :, r].to(rows.dtype), teacher[b, :, r].to(rows.dtype)
         label = _label(target[b, ..., r], student.shape[1], options.ignore_index, shard)
         if shared is None:
-            statistics, tops, e = _statistics(*logits, label, options)
+            part, tops, e = statistics(*logits, label, options)
         else:
-            statistics, tops = _part(shared, r)
-            e = _exponentials(*logits, statistics, tops, options)
-        combined = combine(statistics, options.temperature)
-        result = torch.cat(combined, 1) if terms else _loss(statistics, combined, options)
+            part, tops = _part(shared, r)
+            e = _exponentials(*logits, part, tops, options)
+        combined = combine(part, options.temperature)
+        result = torch.cat(combined, 1) if terms else _loss(part, combined, options)
         rows[:, b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None:
-            formed = _gradient(e, statistics, tops, label, combined.weight, unit, options)
+            formed = _gradient(e, part, tops, label, combined.weight, unit, options)
             gradient[b, :, r] = _kept(formed, label)
     if terms or options.reduction == "none":
         return rows if terms else rows[0]
@@ -195,7 +195,7 @@ def _kept(x: Tensor, label: Label) -> Tensor:
 # --- statistics ---
 
 
-def _statistics(
+def statistics(
     student: Tensor, teacher: Tensor, label: Label, options: Options, shard: bool = False
 ) -> tuple[Statistics, Tops, Exponentials]:
     temperature = options.temperature
@@ -301,7 +301,8 @@ def merge(shards: Statistics, temperature: float) -> tuple[Statistics, Tops]:
     )
     dot = shifted(scale * (1 + teacher_soft), scale * shards.dot, shift)
     z_sum = shifted(shards.classes, shards.z_sum, shift)
-    mass, classes = shards.mass.sum(0, keepdim=True), shards.classes.sum(0, keepdim=True)
+    mass = shards.mass.sum(0, keepdim=True)
+    classes = shards.classes.sum(0, keepdim=True).to(mass.dtype)
     return Statistics(student, teacher, mass, dot, z_sum, classes), (owner, teacher_owner)
 
 
@@ -336,7 +337,7 @@ def _shared(
     for _, r in blocks(student) if student.shape[1] else ():
         logits = student[:, :, r].to(like.dtype), teacher[:, :, r].to(like.dtype)
         label = _label(target[:, r], student.shape[1], options.ignore_index, shard)
-        part, classes, _ = _statistics(*logits, label, options, shard=True)
+        part, classes, _ = statistics(*logits, label, options, shard=True)
         own[:, r] = torch.cat((*part.student, *part.teacher, *part[2:5]), 1)[0]
         tops[:, r] = torch.cat(classes, 1)[0]
     shard.all_reduce(slots)
