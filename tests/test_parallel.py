@@ -1,4 +1,4 @@
-"""Classes sharded over real processes: every shard's gradient against that of one process, in float64."""
+"""Classes sharded over real processes, judged by the reference in float64 in one process."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def own_classes(tensors, shard):
 
 def sharded_layers(group, shard):
     for dtype in FLOATS:
-        for options in OPTIONS:
+        for options in (*OPTIONS, {"student_softcap": 3.0, "teacher_logit_scale": 2.0}):
             tensors = problem(dtype)
             upstream = torch.linspace(1, 2, ROWS) if options.get("reduction") == "none" else 3.0
             value, expected = exact_linear(tensors, upstream, **options)
@@ -275,7 +275,7 @@ class Head(nn.Module):
 
 
 def data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world):
-    """The sum over the rank's rows divided by the global count; DDP averages, hence times the number of ranks."""
+    """DDP averages over ranks, so the sum is divided by the global count times the ranks."""
     tensors = problem()
     tensors["target"][10:] = -100  # all rows of the last rank
     _, expected = exact_linear(tensors)

@@ -1,4 +1,4 @@
-"""The loss from hidden states: the last linear layer of both models and the loss, by chunks of rows.
+"""The loss from hidden states: the last linear layers and the loss, by chunks of rows.
 
 For each chunk of rows we compute the logits of both models, the loss and its gradient, and add the
 chunk's share to the gradients of input, weight and bias. The full logits never exist. The loss of
