@@ -98,11 +98,15 @@ def linear_wsl_loss(
     checks = student, teacher, target, options, settings
     options, settings = parallel.checked(name, _check, *checks)
     rows = target.numel()
-    student, teacher = (
-        head._replace(input=head.input.reshape(rows, head.weight.shape[1]))
-        for head in (student, Head(*(None if x is None else x.detach() for x in teacher)))
-    )
-    tensors = *student, *teacher, target.reshape(rows).detach()
+    tensors = [
+        student_input.reshape(rows, student_weight.shape[1]),
+        student_weight,
+        student_bias,
+        teacher_input.reshape(rows, teacher_weight.shape[1]).detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        target.reshape(rows).detach(),
+    ]
     operator = torch.ops.weighted_soft_labels.linear_loss
     loss: Tensor = operator(*tensors, None, [False] * 3, *options, *settings)[0]
     return loss.view(target.shape) if reduction == "none" else loss
@@ -140,25 +144,26 @@ def _check(
         raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
     kind = target.device.type if isinstance(target, Tensor) else "cpu"
     product = None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # raises for meta
         product = torch.get_autocast_dtype(kind)
-    logits = [
-        _check_head(name, head, product, group is not None)
-        for name, head in (("student", student), ("teacher", teacher))
-    ]
+    student_logits = _check_head("student", student, product, group is not None)
+    teacher_logits = _check_head("teacher", teacher, product, group is not None)
     if group is None and len(student.weight) != len(teacher.weight):
         raise ValueError(
             "student_weight and teacher_weight must have the same number of classes, got "
             f"{len(student.weight)} and {len(teacher.weight)}: slice the one that is padded, "
             "weight[:classes]"
         )
-    parallel.check_sharded(*logits, target)
+    parallel.check_sharded(student_logits, teacher_logits, target)
     names = "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap"
-    scales = [
+    scales: list[Any] = [
         None if value is None and name.endswith("softcap") else _positive(name, value)
         for name, value in zip(names, settings)
     ]
-    return options, Settings(*scales, chunk_size, group, product)
+    student_scale, teacher_scale, *softcaps = scales
+    return options, Settings(
+        student_scale, teacher_scale, softcaps[0], softcaps[1], chunk_size, group, product
+    )
 
 
 def _positive(name: str, value: Any) -> float:
@@ -360,7 +365,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Return loss, scale (none) and gradients. Reduction "none" has them for `upstream` alone."""
     options, settings = _split(others)
-    parameters = student_input, student_weight, student_bias
+    parameters: Any = student_input, student_weight, student_bias
     tensors = (*parameters, teacher_input, teacher_weight, teacher_bias, target)
     tensors = parallel.checked(settings.group, _in_memory, *tensors)
     target = signed(tensors.pop()).long()
@@ -425,9 +430,10 @@ def _fake(
     wide = torch.float64 in (student_input.dtype, teacher_input.dtype)
     shape = target.shape if options.reduction == "none" else ()
     loss = target.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    student: Any = student_input, student_weight, student_bias
     gradients = [
         loss.new_empty(x.shape, dtype=_saved_dtype(x)) if want else loss.new_empty(0)
-        for x, want in zip((student_input, student_weight, student_bias), wanted)
+        for x, want in zip(student, wanted)
     ]
     return loss, loss.new_empty(0), *gradients
 
@@ -437,6 +443,8 @@ class Recomputed(Function):
 
     The backward pass computes the chunks again, from copies of the operator's tensors.
     """
+
+    jvp = staticmethod(_operator.refuse_transforms)  # type: ignore[assignment]
 
     @staticmethod
     def forward(
@@ -456,7 +464,7 @@ class Recomputed(Function):
         _operator.refuse_batched(upstream)
         loss, *copies = ctx.saved_tensors
         present = iter(copies)
-        tensors = [None if absent else next(present) for absent in ctx.absent]
+        tensors: list[Any] = [None if absent else next(present) for absent in ctx.absent]
         with torch._C._AutoDispatchBelowAutograd():
             operator = torch.ops.weighted_soft_labels.linear_loss
             gradients = operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
@@ -468,9 +476,6 @@ class Recomputed(Function):
                     refuse = _operator.RefuseSecondDerivative.apply
                     results[i] = refuse(results[i], loss, upstream)
         return None, None, None, *results
-
-
-Recomputed.jvp = staticmethod(_operator.refuse_transforms)
 
 
 def _autograd(

@@ -109,7 +109,7 @@ def check_sharded(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         if x.dim():
             like = x.new_empty(()).expand(*x.shape[:-1], classes)
             tensors[i] = like.movedim(-1, 1) if x.dim() > 1 else like
-    check_tensors(*tensors, target)
+    check_tensors(tensors[0], tensors[1], target)
 
 
 # --- what processes tell one another ---
@@ -132,7 +132,8 @@ FACTS = ("failed", "rows", "student", "teacher", "code", "least", "most")
 
 def _exchange(name: str, like: Tensor, **facts: int) -> tuple[dist.ProcessGroup, Tensor]:
     """Return the group, and the facts of all its processes, (processes, facts)."""
-    group = dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group = resolve(name)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sizes = torch.zeros((size, len(FACTS)), dtype=torch.int64, device=like.device)
     for fact, number in facts.items():
@@ -166,7 +167,7 @@ def join(
         _check_sizes(sizes.tolist(), rank, agreed)
         eager.count(target, int(sizes[:, 2].sum()), ignore_index)
         largest = int(sizes[:, 2].max())
-    same = (sizes == sizes[0])[:, [1, 4]].all() & (sizes[:, 2] == sizes[:, 3]).all()
+    same = (sizes == sizes[0])[:, 1:5:3].all() & (sizes[:, 2] == sizes[:, 3]).all()
     all_reduce = partial(dist.all_reduce, group=group)
     shard = eager.Shard(rank, sizes[:, 2:3], sizes[:rank, 2].sum(), same, all_reduce)
     return shard, largest
@@ -204,12 +205,12 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *values, name = others
     options = Options(*values)
-    tensors = checked(name, _in_memory, student, teacher, target)
+    student, teacher, target = checked(name, _in_memory, student, teacher, target)
     classes = student.shape[1], teacher.shape[1]
     agreed = options, student.dtype, teacher.dtype
-    shard, _ = join(name, signed(tensors[2]), classes, options.ignore_index, agreed)
+    shard, _ = join(name, signed(target), classes, options.ignore_index, agreed)
     run = partial(eager.run, shard=shard)
-    return _operator.tensors_only(*_operator.form(*tensors, wanted, options, run))
+    return _operator.tensors_only(*_operator.form(student, teacher, target, wanted, options, run))
 
 
 def _in_memory(*tensors: Tensor) -> list[Tensor]:

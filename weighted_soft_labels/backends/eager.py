@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Statistics(NamedTuple):
     mass: Tensor  # sum of the label's probabilities; NaN if an index names no class
     dot: Tensor  # sum of the teacher's exp(z / T) times the student's z
     z_sum: Tensor  # sum of the student's z, needed for label smoothing alone
-    classes: Tensor | int
+    classes: Any  # how many: an int, or a tensor if the classes are sharded
 
 
 class Exponentials(NamedTuple):
@@ -77,8 +77,8 @@ class Exponentials(NamedTuple):
 class Label(NamedTuple):
     """The target of a block. One of the first two is None."""
 
-    index: Tensor | None  # (b, 1, r); -1 for a class that these logits do not have
-    probabilities: Tensor | None  # (b, C, r)
+    indices: Tensor | None  # (b, 1, r); -1 for a class that these logits do not have
+    probabilities: Any  # None or (b, C, r)
     ignored: Tensor | None  # (b, 1, r)
 
 
@@ -138,7 +138,11 @@ def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
     if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
         return
-    rows = gradient.flatten(2) if gradient.dim() > 2 else batched(torch.atleast_2d(gradient))
+    rows = (
+        gradient.flatten(2)
+        if gradient.dim() > 2
+        else batched(gradient if gradient.dim() > 1 else gradient[None])
+    )
     factors = factor.expand(index_shape(gradient.shape)).reshape(rows.shape[0], rows.shape[2])
     for b, r in blocks(rows):  # with another dtype ATen makes a copy of the whole tensor
         rows[b, :, r].mul_(factors[b, None, r])
@@ -200,9 +204,9 @@ def statistics(
     temperature = options.temperature
     top_class, top, z = _below_top(student, shard)
     teacher_class, teacher_top, teacher_z = _below_top(teacher, shard)
-    if label.index is not None:
-        mass = torch.where(label.index >= 0, 1.0, 0.0 if shard else math.nan).to(z.dtype)
-        of_label = [_at(x, label.index) for x in (z, teacher_z)]
+    if label.indices is not None:
+        mass = torch.where(label.indices >= 0, 1.0, 0.0 if shard else math.nan).to(z.dtype)
+        of_label = [_at(x, label.indices) for x in (z, teacher_z)]
     else:
         q = label.probabilities.to(z.dtype)
         mass = _sum(q)
@@ -333,7 +337,7 @@ def _shared(
         own[:, r] = torch.cat(part[:11], 1)[0]
         tops[:, r] = torch.cat(classes, 1)[0]
     shard.all_reduce(slots)
-    merged, owners = merge(Statistics(*slots.unbind(1), shard.classes), options.temperature)
+    merged, owners = merge(Statistics._make((*slots.unbind(1), shard.classes)), options.temperature)
     mass = merged.mass.where((merged.mass != 0) & shard.agree, math.nan)
     mine = [top.where(owner == shard.rank, -1) for top, owner in zip(tops, owners)]
     return merged._replace(mass=mass), (mine[0], mine[1])
@@ -342,7 +346,7 @@ def _shared(
 def _part(shared: tuple[Statistics, Tops], r: slice) -> tuple[Statistics, Tops]:
     """Return the rows `r`, shaped (1, 1, r) as those of a block."""
     (*merged, classes), tops = shared
-    part = Statistics(*(x[None, :, r] for x in merged), classes)
+    part = Statistics._make((*(x[None, :, r] for x in merged), classes))
     return part, (tops[0][None, :, r], tops[1][None, :, r])
 
 
@@ -400,7 +404,7 @@ def _gradient(
         sure = _softmax_less_1_(e.student, tops[0], part.others)
         gradient = _less_label_(e.student, tops[0], sure, part, label, options)
         # Class probabilities have entered with their mass. That of an index is 1, or NaN.
-        gradient.mul_(unit * options.hard_weight * (1.0 if label.index is None else part.mass))
+        gradient.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
     if options.alpha:
         sure = _softmax_less_1_(e.student_soft, tops[0], part.soft_others)
         teacher_sure = _softmax_less_1_(e.teacher_soft, tops[1], part.teacher_soft_others)
@@ -433,10 +437,10 @@ def _less_label_(
 ) -> Tensor:
     """Subtract the smoothed label from a softmax less 1, and add the 1s."""
     smoothing = options.label_smoothing
-    if label.index is not None:
+    if label.indices is not None:
         if smoothing:
             p.sub_(smoothing / part.classes)
-        _add_ones_(p, top_class, sure, label.index, torch.ones_like(sure), smoothing)
+        _add_ones_(p, top_class, sure, label.indices, torch.ones_like(sure), smoothing)
         return p
     mass = part.mass * (1 - smoothing) + smoothing
     less = label.probabilities.to(p.dtype) * (smoothing - 1) - smoothing / part.classes
