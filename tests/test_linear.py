@@ -65,7 +65,7 @@ def exact(tensors, upstream=1.0, **options):
     return value.detach(), {name: x.grad for name, x in leaf.items()}
 
 
-def found(tensors, upstream=1.0, function=linear_wsl_loss, **options):
+def computed(tensors, upstream=1.0, function=linear_wsl_loss, **options):
     leaf = {
         name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name in NAMES
     }
@@ -115,7 +115,7 @@ def test_every_option_and_dtype(dtype, options, bias, monkeypatch):
     upstream = torch.rand(ROWS) if options.get("reduction") == "none" else 3.0
     expected = exact(tensors, upstream, **options)
     for chunk_size in (1, 5, 100, None):
-        result = found(tensors, upstream, **options, chunk_size=chunk_size)
+        result = computed(tensors, upstream, **options, chunk_size=chunk_size)
         assert_close(result, expected, dtype)
         assert result[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -126,14 +126,14 @@ def test_inputs_of_any_shape():
     many = tensors | {
         name: tensors[name].unsqueeze(1) for name in ("student_input", "teacher_input", "target")
     }
-    value, gradients = found(many, reduction="none")
+    value, gradients = computed(many, reduction="none")
     assert value.shape == (ROWS, 1)
     assert gradients["student_input"].shape == (ROWS, 1, WIDTH)
     assert_close(
         (value[:, 0], gradients | {"student_input": gradients["student_input"][:, 0]}), expected
     )
     one = {name: tensors[name][0] for name in ("student_input", "teacher_input", "target")}
-    assert found(tensors | one)[1]["student_input"].shape == (WIDTH,)
+    assert computed(tensors | one)[1]["student_input"].shape == (WIDTH,)
 
 
 @pytest.mark.parametrize("frozen", NAMES)
@@ -165,7 +165,7 @@ def test_teacher_gets_neither_graph_nor_gradient():
         name: x.requires_grad_() for name, x in tensors.items() if name.startswith("teacher")
     }
     assert not linear_wsl_loss(**tensors).requires_grad
-    found(tensors)
+    computed(tensors)
     assert all(x.grad is None for x in teacher.values())
 
 
@@ -175,7 +175,7 @@ def test_nothing_to_learn_from_is_still_connected(reduction, rows):
     tensors = problem(rows=rows)
     tensors["target"][:] = -100
     tensors["student_input"][:] = torch.nan  # as padding may be
-    value, gradients = found(tensors, reduction=reduction)
+    value, gradients = computed(tensors, reduction=reduction)
     assert value.isnan().all() if reduction == "mean" else value.eq(0).all()
     assert all(gradient.eq(0).all() for gradient in gradients.values())
 
@@ -185,7 +185,7 @@ def test_ignored_rows_may_hold_nan():
     expected = exact(tensors)
     for name in ("student_input", "teacher_input"):
         tensors[name][3:5] = torch.nan
-    assert_close(found(tensors), expected)
+    assert_close(computed(tensors), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -195,7 +195,7 @@ def test_a_row_done_again_finds_its_logits_where_gradients_are_written(reduction
     tensors["student_weight"][7, 0] = -1e38  # whose logit is -inf in some rows of the student's
     tensors["student_input"][:, 0] = torch.tensor([1.0, 10.0, 1.0]).repeat(ROWS)[:ROWS]
     tensors["target"][tensors["target"] == 7] = 8
-    assert_close(found(tensors, reduction=reduction), exact(tensors, reduction=reduction))
+    assert_close(computed(tensors, reduction=reduction), exact(tensors, reduction=reduction))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -220,7 +220,7 @@ def test_half_precision_survives_a_gradient_scaler():
     tensors["student_input"] *= 1e-3
     tensors["teacher_input"] *= 1e-3
     _, expected = exact(tensors)
-    _, gradients = found(tensors, 65536.0)
+    _, gradients = computed(tensors, 65536.0)
     error = (gradients["student_input"].double() / 65536 - expected["student_input"]).abs()
     exact_gradient = expected["student_input"].abs()
     assert (
@@ -239,7 +239,7 @@ def test_compiled_and_eager_with_a_teacher_of_inference_mode(function, reduction
     expected = exact(tensors, upstream, reduction=reduction)
     with torch.inference_mode():
         tensors |= {name: tensors[name] * 1 for name in ("teacher_input", "target")}
-    assert_close(found(tensors, upstream, function, reduction=reduction), expected)
+    assert_close(computed(tensors, upstream, function, reduction=reduction), expected)
 
 
 def test_autocast_is_the_same_eager_and_compiled():
@@ -249,10 +249,10 @@ def test_autocast_is_the_same_eager_and_compiled():
     value, expected = exact(rounded)
     for function in (linear_wsl_loss, torch.compile(linear_wsl_loss, fullgraph=True)):
         with torch.autocast("cpu", torch.bfloat16):
-            result = found(tensors, function=function)
+            result = computed(tensors, function=function)
         assert_close(result, (value, expected))
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            assert_close(found(tensors, function=function), exact(tensors))
+            assert_close(computed(tensors, function=function), exact(tensors))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -261,7 +261,7 @@ def test_meta_and_fake_tensors_have_shapes_and_gradients(reduction):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = {name: mode.from_tensor(x) for name, x in tensors.items()}
     for inputs in ({name: x.to("meta") for name, x in tensors.items()}, fake):
-        value, gradients = found(inputs, reduction=reduction, student_softcap=3.0)
+        value, gradients = computed(inputs, reduction=reduction, student_softcap=3.0)
         assert value.shape == (() if reduction == "mean" else (ROWS,))
         assert {name: x.shape for name, x in gradients.items()} == {
             name: tensors[name].shape for name in NAMES
@@ -302,7 +302,7 @@ def test_peak_memory_is_the_gradients_and_one_chunk():
 def test_mixed_dtypes_of_student_and_teacher():
     tensors = problem(torch.bfloat16)
     tensors |= {name: x.double() for name, x in tensors.items() if name.startswith("teacher")}
-    value, gradients = found(tensors)
+    value, gradients = computed(tensors)
     assert value.dtype == torch.float64
     assert_close((value, gradients), exact(tensors), torch.bfloat16)
 

@@ -66,7 +66,7 @@ def sharded_logits(rank, world, group, shard):
             value, gradient = step(
                 reference.wsl_loss, student.double(), teacher.double(), target, **options
             )
-            found = step(
+            computed = step(
                 vocab_parallel_wsl_loss,
                 student[:, shard],
                 teacher[:, shard],
@@ -74,20 +74,20 @@ def sharded_logits(rank, world, group, shard):
                 group=group,
                 **options,
             )
-            torch.testing.assert_close(found[0].double(), value, rtol=budget, atol=budget)
-            assert found[1].dtype == dtype
+            torch.testing.assert_close(computed[0].double(), value, rtol=budget, atol=budget)
+            assert computed[1].dtype == dtype
             largest = gradient[gradient.isfinite()].abs().max().item()
             rounding = torch.finfo(dtype).eps
             assert_close = torch.testing.assert_close
             assert_close(
-                found[1].double(),
+                computed[1].double(),
                 gradient[:, shard],
                 rtol=rounding,
                 atol=budget * largest + 6e-8 * (rounding > 6e-8),
             )
-            every = [torch.empty_like(found[0]) for _ in range(world)]
-            dist.all_gather(every, found[0], group=group)
-            assert all(torch.equal(other, found[0]) for other in every)  # replicated, to the bit
+            every = [torch.empty_like(computed[0]) for _ in range(world)]
+            dist.all_gather(every, computed[0], group=group)
+            assert all(torch.equal(other, computed[0]) for other in every)  # replicated, to the bit
 
 
 def weight_is_exact(group, shard):
@@ -101,7 +101,7 @@ def weight_is_exact(group, shard):
         value, gradient = step(
             reference.wsl_loss, student.double(), teacher.double(), target, **options
         )
-        found = step(
+        computed = step(
             vocab_parallel_wsl_loss,
             student[:, shard],
             teacher[:, shard],
@@ -109,8 +109,8 @@ def weight_is_exact(group, shard):
             group=group,
             **options,
         )
-        torch.testing.assert_close(found[0].double(), value, rtol=2e-6, atol=0)
-        torch.testing.assert_close(found[1].double(), gradient[:, shard], rtol=1e-5, atol=1e-17)
+        torch.testing.assert_close(computed[0].double(), value, rtol=2e-6, atol=0)
+        torch.testing.assert_close(computed[1].double(), gradient[:, shard], rtol=1e-5, atol=1e-17)
 
 
 def own_classes(tensors, shard):
@@ -127,10 +127,10 @@ def sharded_layers(group, shard):
             value, expected = exact_linear(tensors, upstream, **options)
             own = own_classes(tensors, shard)
             leaf = {name: own[name].detach().clone().requires_grad_() for name in NAMES}
-            found = linear_wsl_loss(**own | leaf, **options, chunk_size=5, group=group)
-            (found * upstream).sum().backward()
+            computed = linear_wsl_loss(**own | leaf, **options, chunk_size=5, group=group)
+            (computed * upstream).sum().backward()
             budget, rounding = 1e-12 if dtype == torch.float64 else 5e-6, torch.finfo(dtype).eps
-            torch.testing.assert_close(found.double(), value, rtol=budget, atol=budget)
+            torch.testing.assert_close(computed.double(), value, rtol=budget, atol=budget)
             for name, x in leaf.items():
                 part = expected[name] if name == "student_input" else expected[name][shard]
                 largest = expected[name].abs().max().item()
@@ -286,8 +286,8 @@ def data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world):
     tokens = (rows["target"] != -100).sum()
     dist.all_reduce(tokens)
     (parallel(tensors | rows, reduction="sum") * world / tokens).backward()
-    found = parallel.module.weight.grad.double()
-    torch.testing.assert_close(found, expected["student_weight"], rtol=1e-4, atol=1e-6)
+    computed = parallel.module.weight.grad.double()
+    torch.testing.assert_close(computed, expected["student_weight"], rtol=1e-4, atol=1e-6)
 
 
 def everything(rank, world, folder):
@@ -335,8 +335,10 @@ def test_merged_statistics_are_those_of_all_classes_together():
         index = label[None, None] - begin
         index = index.where((index >= 0) & (index < end - begin), -1)
         logits = (x.t()[None, begin:end] for x in (student, teacher))
-        found, _, _ = eager.statistics(*logits, eager.Label(index, None, None), options, shard=True)
-        return found
+        computed, _, _ = eager.statistics(
+            *logits, eager.Label(index, None, None), options, shard=True
+        )
+        return computed
 
     whole = statistics(0, 20)
     for cut in (1, 7, 19):
