@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from weighted_soft_labels import backends
-from weighted_soft_labels._options import Options, class_count, in_memory, index_shape, signed
+from weighted_soft_labels._options import Options, in_memory, index_shape, signed
 from weighted_soft_labels.backends import eager
 
 
@@ -99,7 +99,7 @@ def form(
     scale = student.new_full((), 1 / power, dtype=torch.float32)
     loss = loss * scale
     if options.reduction == "mean":
-        count = eager.count(target, class_count(student.shape), options.ignore_index)
+        count = eager.count(tensors[2], None, options.ignore_index)
         loss, scale = loss / count, scale / count.clamp(min=1)
     return loss, scale, gradient
 
@@ -160,8 +160,8 @@ class EagerLoss(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         loss, scale, gradient = ctx.saved_tensors
-        _refuse_batched(upstream)
-        if torch.is_grad_enabled() or _graph_is_kept() or gradient._use_count() != ONE_OWNER:
+        refuse_batched(upstream)
+        if torch.is_grad_enabled() or _shared(gradient):
             result = multiplied(gradient, upstream, scale, loss)
         else:
             result = gradient
@@ -173,6 +173,10 @@ class EagerLoss(Function):
 # hook that keeps the tensor, or gave another one, makes it another number.
 ONE_OWNER = 2
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _shared(gradient: Tensor) -> bool:
+    return _graph_is_kept() or gradient._use_count() != ONE_OWNER
 
 
 class SavedGradients(Function):
@@ -190,18 +194,27 @@ class SavedGradients(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros of the size of every saved gradient
         ctx.save_for_backward(*output)
         ctx.dtypes = [x.dtype for x in inputs[1 : len(output) - 1] if isinstance(x, Tensor)]
         ctx.arguments = len(inputs)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         loss, scale, *gradients = ctx.saved_tensors
-        _refuse_batched(upstream)
         results = [None] * ctx.arguments
+        if upstream is None:
+            return tuple(results)
+        refuse_batched(upstream)
         for i, gradient in enumerate(gradients, 1):
-            if ctx.needs_input_grad[i]:
-                results[i] = multiplied(gradient, upstream, scale, loss)
+            if not ctx.needs_input_grad[i]:
+                continue
+            observed = torch.is_grad_enabled() or not _unobserved(gradient, upstream)
+            if observed or _shared(gradient):
+                gradient = multiplied(gradient, upstream, scale, loss)
+            else:
+                eager.multiply_(gradient, upstream if scale.dim() else upstream * scale)
+            results[i] = gradient.to(ctx.dtypes[i - 1])  # a gradient may be saved in float32
         return tuple(results)
 
 
@@ -243,7 +256,7 @@ def refuse_transforms(*args: Any) -> Any:
     )
 
 
-def _refuse_batched(upstream: Tensor) -> None:
+def refuse_batched(upstream: Tensor) -> None:
     functorch = torch._C._functorch
     if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
         refuse_transforms()

@@ -1,23 +1,31 @@
-"""The loss of logits whose classes are sharded over processes: one all-reduce of row statistics, none in backward.
+"""The loss of logits whose classes are sharded over processes.
 
-The algebra is that of `_eager`. A shard's sums have z relative to its own maximum; `_merge` moves them to the largest,
-and the leaders that lose join the rest. So what is left of Z - 1 keeps all its digits whoever holds the leader, and the
-weight is as exact as in one process. A class is a shard of one: the same function makes a process's own statistics.
-
-An all-reduce only adds, so every process fills its own slot of an array of zeros, and all merge the slots alike.
+A call exchanges sizes by one all-reduce and statistics of rows by another. The backward pass
+exchanges nothing. The algebra is that of `backends.eager`, whose `merge` combines the statistics.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from weighted_soft_labels import _eager, loss
-from weighted_soft_labels.loss import Options
+from weighted_soft_labels import _operator
+from weighted_soft_labels._options import (
+    Options,
+    check_kind,
+    check_options,
+    check_tensors,
+    in_memory,
+    signed,
+)
+from weighted_soft_labels.backends import eager
 
 __all__ = ["vocab_parallel_wsl_loss"]
 
@@ -35,240 +43,190 @@ def vocab_parallel_wsl_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """:func:`weighted_soft_labels.wsl_loss` of logits whose classes are sharded over the processes of a group.
+    """:func:`weighted_soft_labels.wsl_loss` of logits whose classes are sharded over processes.
 
-    Each calls it with the same rows and options, and holds the classes after those of the rank before, of any number.
+    Every process of the group calls this function with the same rows, target, dtypes and options.
+    Its classes, any number, follow those of the rank before.
 
     Args:
-        student_logits: ``(..., C_local)``, the class dimension last; float16, bfloat16, float32 or float64.
+        student_logits: ``(..., C_local)``, the class dimension last; float16, bfloat16, float32 or
+            float64.
         teacher_logits: Same shape, the same classes; the dtype may differ.
         target: Global class indices in [0, sum of all C_local), ``(...)``, any integer dtype.
-        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
+        group: The processes, for example ``torch.distributed.group.WORLD``.
+        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See
+            :func:`wsl_loss`.
 
     Returns:
-        That loss, the same on every process. The gradient of each is that of its own shard, neither summed over the
-        group nor multiplied by its size.
+        That loss, the same on every process. The gradient of a process is that of its own shard,
+        neither summed over the group nor multiplied by its size.
 
     Raises:
-        ValueError: Also where the shards of student and teacher, or the rows of the processes, do not fit together: on
-            CPUs on every process, on GPUs, where looking would mean waiting, on the process whose shards do not.
-        TypeError, IndexError, RuntimeError, NotImplementedError: As :func:`wsl_loss`.
+        ValueError: Also for a group without this process, and where the shards of student and
+            teacher, or the rows, options or dtypes of the processes, differ.
+        TypeError, IndexError, RuntimeError, NotImplementedError: As :func:`wsl_loss`. On CPUs an
+            error on one process is one on all: the others raise a RuntimeError that names the
+            process. GPUs would have to wait for that. There the process raises before it enters
+            the all-reduce, and the others stay in it until the group's time-out, as in any
+            collective. Rows or options that differ make the loss NaN. Compiled code raises what
+            it can see while it is traced on that process alone.
     """
-    options = loss.check_options(
-        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
-    )
-    check(student_logits, teacher_logits, target)
-    student, teacher = (
-        x.reshape(-1, x.shape[-1]) for x in (student_logits, teacher_logits.detach())
-    )
-    arguments = (student, teacher, target.reshape(-1))
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        found: Tensor = torch.ops.weighted_soft_labels.forward(
-            *arguments, False, *options, group.group_name
-        )[0]
-    else:
-        found = loss._FunctionalWSL.apply(*arguments, (*options, group.group_name), True, False)[0]
-    return found.view(target.shape) if reduction == "none" else found
+    name = group_name(group)
+    options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+    options = checked(name, _check, student_logits, teacher_logits, target, options)
+    rows = target.numel()
+    student, teacher = (x.reshape(rows, x.shape[-1]) for x in (student_logits, teacher_logits))
+    loss = _operator.distill(student, teacher, target.reshape(rows), options, name)
+    return loss.view(target.shape) if reduction == "none" else loss
 
 
-def check(student: Tensor, teacher: Tensor, target: Tensor) -> None:
-    """`check_tensors` for logits (..., C). Whether classes fit is for all processes to find out together, in `join`."""
+def group_name(group: Any) -> str:
+    """Return the group's name. Raises ValueError unless this process is a member."""
+    if isinstance(group, dist.ProcessGroup):
+        name: str = group.group_name
+        return name
+    kind = "one without this process" if group == -100 else repr(group)
+    raise ValueError(
+        "group must be a torch.distributed.ProcessGroup of which this process is a member, for "
+        f"example torch.distributed.group.WORLD or mesh.get_group(), got {kind}"
+    )
+
+
+def _check(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Options:
+    check_sharded(student, teacher, target)
+    return check_options(options)
+
+
+def check_sharded(student: Tensor, teacher: Tensor, target: Tensor) -> None:
+    """Check logits (..., C_local). Class counts may differ or be 0 until `join` compares them."""
     if isinstance(target, Tensor) and target.is_floating_point():
         raise TypeError(f"target must hold class indices (an integer dtype), got {target.dtype}")
-    if (
-        isinstance(student, Tensor)
-        and isinstance(teacher, Tensor)
-        and 0 < student.dim() == teacher.dim()
-    ):
-        teacher = (
-            teacher[..., :1].expand(*teacher.shape[:-1], student.shape[-1])
-            if teacher.shape[-1]
-            else teacher
-        )
-        student, teacher = (x.movedim(-1, 1) if x.dim() > 1 else x for x in (student, teacher))
-    loss.check_tensors(student, teacher, target)
+    check_kind("student_logits", student)
+    check_kind("teacher_logits", teacher)
+    classes = student.shape[-1:].numel() or 1
+    tensors = [student, teacher]
+    for i, x in enumerate(tensors):
+        if x.dim():
+            like = x.new_empty(()).expand(*x.shape[:-1], classes)
+            tensors[i] = like.movedim(-1, 1) if x.dim() > 1 else like
+    check_tensors(tensors[0], tensors[1], target)
 
 
-# --- a process's shard, and what all know of a row together ---
+# --- what processes tell one another ---
 
 
-class Shard(NamedTuple):
-    """The place of this process's classes among all. On a GPU the numbers stay there: to read them would be to wait."""
+def checked(name: str | None, check: Callable[..., Any], *arguments: Any) -> Any:
+    """Return ``check(*arguments)``. On CPUs, tell the processes of group `name` of an error."""
+    try:
+        return check(*arguments)
+    except Exception:
+        on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
+        if name is not None and not on_gpu and not torch.compiler.is_compiling():
+            with suppress(RuntimeError):  # the group has no backend for CPUs, or lost a process
+                _exchange(name, torch.empty(0, device="cpu"), failed=1)
+        raise
 
-    group: dist.ProcessGroup
-    rank: int
-    size: int
-    first: Tensor  # the global index of its first class
-    classes: Tensor  # of all processes
+
+FACTS = ("failed", "rows", "student", "teacher", "code", "least", "most")
 
 
-def join(name: str, student: Tensor, teacher: Tensor, rows: int) -> Shard:
-    """Exchanges sizes. They are not remembered: that the shard of another process has changed, this one could not know.
-
-    `student` and `teacher` have the classes of this process in dimension 1."""
-    group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type,attr-defined,unused-ignore]
+def _exchange(name: str, like: Tensor, **facts: int) -> tuple[dist.ProcessGroup, Tensor]:
+    """Return the group, and the facts of all its processes, (processes, facts)."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group = resolve(name)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    sizes = torch.zeros((size, 3), dtype=torch.int64, device=student.device)
-    sizes[rank] = torch.tensor((rows, student.shape[1], teacher.shape[1]))
+    sizes = torch.zeros((size, len(FACTS)), dtype=torch.int64, device=like.device)
+    for fact, number in facts.items():
+        sizes[rank, FACTS.index(fact)].fill_(number)  # waits for no GPU, unlike a tensor's copy
     dist.all_reduce(sizes, group=group)
-    if student.is_cpu or student.shape[1] != teacher.shape[1]:
-        all_rows, of_student, of_teacher = sizes.t().tolist()
-        if of_student != of_teacher or len(set(all_rows)) > 1:
-            raise ValueError(
-                "all processes must hold the same rows, and each the same classes of student and teacher (pad, slice "
-                f"and shard both vocabularies alike), got {all_rows} rows, {of_student} and {of_teacher} classes"
-            )
-    return Shard(group, rank, size, sizes[:rank, 1].sum(), sizes[:, 1].sum())
+    return group, sizes
 
 
-class Row(NamedTuple):
-    """What is known of one set of logits, one entry a row."""
+def join(
+    name: str, target: Tensor, classes: tuple[int, int], ignore_index: int, agreed: object
+) -> tuple[eager.Shard, int]:
+    """Exchange sizes; return this process's shard and the largest number of classes of a process.
 
-    peak: Tensor
-    rest: Tensor  # sum of exp(z) without one maximum
-    soft_rest: Tensor  # the same of exp(z / T)
-    label: Tensor  # the label's logit, or 0 where another shard has it
+    Args:
+        classes: Of student and teacher on this process.
+        agreed: What has to be the same everywhere: options, dtypes and so on. Its ``repr`` counts.
+
+    The sizes are not cached: a process cannot tell that another process's shard has changed.
+    """
+    on_cpu = target.is_cpu
+    if not on_cpu and classes[0] != classes[1]:
+        raise ValueError(f"student and teacher must have the same classes, got {classes}")
+    kept = target[target != ignore_index] if on_cpu else target[:0]
+    bounds = (int(kept.min()), int(kept.max())) if len(kept) else (0, 0)
+    code = zlib.crc32(repr(agreed).encode())
+    facts = len(target), *classes, code, *bounds
+    group, sizes = _exchange(name, target, **dict(zip(FACTS[1:], facts)))
+    rank = dist.get_rank(group)
+    largest = 2**13  # to read the sizes would be to wait for the GPU
+    if on_cpu:
+        _check_sizes(sizes.tolist(), rank, agreed)
+        eager.count(target, int(sizes[:, 2].sum()), ignore_index)
+        largest = int(sizes[:, 2].max())
+    # Slices: a list of columns would be copied to the GPU, and wait for it.
+    same = (sizes == sizes[0])[:, 1:5:3].all() & (sizes[:, 2] == sizes[:, 3]).all()
+    all_reduce = partial(dist.all_reduce, group=group)
+    shard = eager.Shard(rank, sizes[:, 2:3], sizes[:rank, 2].sum(), same, all_reduce)
+    return shard, largest
 
 
-class Statistics(NamedTuple):
-    student: Row
-    teacher: Row
-    dot: Tensor  # sum of the teacher's exp(z / T) times the student's z
-    z_sum: Tensor  # of the student's z
-    classes: Tensor  # how many
-
-
-def _merge(shards: Statistics, temperature: float) -> tuple[Statistics, Tensor]:
-    """From entries (shards, rows), those of all shards together, and which shards hold the leaders, (2, rows)."""
-    rows, shifts, leaders = [], [], []
-    for peak, rest, soft_rest, label in (shards.student, shards.teacher):
-        leader = peak.argmax(0, keepdim=True)
-        top = peak.gather(0, leader)
-        top = torch.where(top == math.inf, math.nan, top)
-        shift = peak - top.clamp(
-            min=torch.finfo(top.dtype).min
-        )  # of a shard without a chance -inf, also if all are
-        e, soft = shift.exp(), (shift / temperature).exp()
-        rest, soft_rest = (
-            (sums * scale + scale.scatter(0, leader, 0.0)).sum(0)
-            for sums, scale in ((rest, e), (soft_rest, soft))
+def _check_sizes(sizes: list[list[int]], rank: int, agreed: object) -> None:
+    """Raise where the facts of the processes do not fit together, on all of them alike."""
+    failed, rows, of_student, of_teacher, codes, least, most = map(list, zip(*sizes))
+    where = [i for i, error in enumerate(failed) if error]
+    if where:
+        raise RuntimeError(f"process {where} of the group raised an error, which stands there")
+    if of_student != of_teacher or len(set(rows)) > 1 or not any(of_student):
+        raise ValueError(
+            "all processes must hold the same rows, and each the same classes of student and "
+            "teacher, at least one together (pad, slice and shard both vocabularies alike), "
+            f"got {rows} rows, {of_student} and {of_teacher} classes"
         )
-        rows.append(Row(top[0], rest, soft_rest, label.sum(0)))
-        shifts.append(shift)
-        leaders.append(leader)
-    dot = torch.where(
-        soft == 0, 0.0, soft * (shards.dot + shifts[0] * (1 + shards.teacher.soft_rest))
-    ).sum(0)
-    z_sum, classes = (
-        (shards.z_sum + shards.classes * shifts[0]).sum(0),
-        shards.classes.expand_as(shift).sum(0),
-    )
-    return Statistics(rows[0], rows[1], dot, z_sum, classes), torch.cat(leaders)
-
-
-def _exchange(
-    student: Tensor, teacher: Tensor, label: Tensor, temperature: float, shard: Shard
-) -> tuple[Any, Tensor]:
-    """The statistics of all classes, and which of this shard are the leaders, (2, R): -1 where another has it."""
-    slots = student.new_zeros(
-        (shard.size, 11, student.shape[2]), dtype=_eager._dtype(student, teacher)
-    )
-    leaders, index = (
-        label.new_empty((2, student.shape[2])),
-        torch.arange(student.shape[1], device=label.device),
-    )
-    zero, one = slots.new_zeros(()), slots.new_ones(())
-    for _, r in _eager._blocks(student):
-        s, t = (logits[0, :, r].to(slots.dtype) for logits in (student, teacher))
-        own, other = (
-            Row(x, zero, zero, torch.where(index[:, None] == label[r], x, 0.0)) for x in (s, t)
+    where = [i for i, code in enumerate(codes) if code != codes[0]]
+    if where:
+        raise ValueError(
+            "all processes must pass the same options and dtypes; process "
+            f"{where} differs from process 0, and this one, {rank}, has {agreed}"
         )
-        known, leaders[:, r] = _merge(Statistics(own, other, zero, zero, one), temperature)
-        slots[shard.rank, :, r] = torch.stack((*known.student, *known.teacher, *known[2:]))
-    dist.all_reduce(slots, group=shard.group)
-    x = slots.unbind(1)
-    known, owners = _merge(Statistics(Row(*x[:4]), Row(*x[4:8]), *x[8:]), temperature)
-    return known, leaders.where(owners == shard.rank, -1)
+    total = sum(of_student)
+    where = [i for i, label in enumerate(least) if label < 0 or most[i] >= total]
+    if where and rank not in where:
+        raise RuntimeError(f"process {where} of the group has a label outside of [0, {total})")
 
 
-def forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    options: Options,
-    gradient: Tensor | None,
-    shard: Shard,
-) -> Tensor:
-    """As that of every implementation, of logits (1, C_local, R)."""
-    temperature, smoothing, target = options.temperature, options.label_smoothing, target[0].long()
-    count = _eager._count(target, int(shard.classes) if target.is_cpu else 0, options.ignore_index)
-    label, kept = target - shard.first, target != options.ignore_index
-    known, leaders = _exchange(student, teacher, label, temperature, shard)
-    # `_eager` combines what is known of every row: its z is the sum, or the mean, that it would arrive at.
-    dot, inside = known.dot[:, None], (target >= 0) & (target < shard.classes)
-    odd = torch.where(inside, 0.0, math.nan).to(dot.dtype)
-    s, t = (
-        _eager.Row(
-            dot,
-            dot,
-            torch.ones_like(dot),
-            dot,
-            row.rest[:, None],
-            row.soft_rest[:, None],
-            ce[:, None],
-        )
-        for row in known[:2]
-        for ce in [row.rest.log1p() - (row.label - row.peak) + odd]
-    )
-    weight, soft = _eager._combine(s, t, temperature)
-    losses = _eager._loss(
-        s._replace(z=(known.z_sum / known.classes)[:, None]), weight, soft, options
-    )
-    losses = torch.where(kept, losses[:, 0], 0.0)[None]
-    unit = odd + (1 / count.to(losses.dtype) if options.reduction == "mean" else 1)
-    at = torch.arange(student.shape[1], device=label.device)[:, None]
-    for _, r in _eager._blocks(student) if gradient is not None else ():
-        z, teacher_z = (
-            x[0, :, r].to(losses.dtype) - row.peak[r] for x, row in zip((student, teacher), known)
-        )
-        found, leader, teacher_leader = (
-            torch.zeros_like(z),
-            at == leaders[0, r],
-            at == leaders[1, r],
-        )
-        if options.hard_weight:
-            less, sure = _softmax_less_1(z, known.student.rest[r], leader)
-            q = (1 - smoothing) * (at == label[r]).to(z.dtype) + smoothing / known.classes[r]
-            found = options.hard_weight * (less + (sure - q))
-        if options.alpha:
-            less, sure = _softmax_less_1(z / temperature, known.student.soft_rest[r], leader)
-            other = _softmax_less_1(
-                teacher_z / temperature, known.teacher.soft_rest[r], teacher_leader
-            )
-            found = found + options.alpha * temperature * weight[r, 0] * (
-                less - other[0] + (sure - other[1])
-            )
-        gradient[0, :, r] = torch.where(kept[r], unit[r] * found, 0.0)  # type: ignore[index]
-    if options.reduction == "none":
-        return losses
-    return losses.sum() / count if options.reduction == "mean" else losses.sum()
-
-
-def _softmax_less_1(z: Tensor, rest: Tensor, leader: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax, less 1 at the leader, if it is here, of rows that are sure of it; and these 1s."""
-    sure = leader & (rest < 1)
-    return torch.where(sure, -rest, z.exp()) / (1 + rest), sure.to(z.dtype)
+# --- the operator ---
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, target: Tensor, ahead: bool, *others: Any
-) -> tuple[Tensor, Tensor]:
-    gradient, (*options, group) = loss._kept_gradient(student, ahead), others
-    operands = loss._operands(student, teacher, target)
-    filled = loss._logits(gradient) if ahead else None
-    found = forward(*operands, Options(*options), filled, join(group, *operands[:2], len(target)))
-    return found.view(target.shape) if found.dim() else found, gradient
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
+) -> tuple[Tensor, ...]:
+    *values, name = others
+    options = Options(*values)
+    student, teacher, target = checked(name, _in_memory, student, teacher, target)
+    classes = student.shape[1], teacher.shape[1]
+    agreed = options, student.dtype, teacher.dtype
+    shard, _ = join(name, signed(target), classes, options.ignore_index, agreed)
+    run = partial(eager.run, shard=shard)
+    return _operator.tensors_only(*_operator.form(student, teacher, target, wanted, options, run))
 
 
-_SCHEMA = loss._FORWARD.replace(")", ", str group)", 1)
-loss.define("forward.sharded", _SCHEMA, _forward, loss._fake_forward, loss._autograd)
+def _in_memory(*tensors: Tensor) -> list[Tensor]:
+    names = "student_logits", "teacher_logits", "target"
+    return [in_memory(name, x) for name, x in zip(names, tensors)]
+
+
+def _fake(*arguments: Any) -> tuple[Tensor, ...]:
+    return _operator.fake_forward(*arguments[:-1])
+
+
+_operator.define(
+    "forward.sharded",
+    f"{_operator.ARGUMENTS}, str group) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    partial(_operator.autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.sharded),
+)
