@@ -39,18 +39,21 @@ def distill(
     # Detached, so that the loss does not keep the graphs of teacher and target alive.
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
+    loss: Tensor
     if not group and _unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
         if student.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
+            loss = EagerLoss.apply(student, teacher, target, options, backend)
             return loss
         return form(student, teacher, target, False, options, backend.run)[0]
-    operator = torch.ops.weighted_soft_labels.forward
-    operator = operator.sharded if group else operator.default
+    packet = torch.ops.weighted_soft_labels.forward
+    operator: Any = packet.sharded if group else packet.default
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return operator(student, teacher, target, False, *options, *group)[0]
-    # A transform of torch.func sees a Function, but not a kernel of the dispatcher.
-    return SavedGradients.apply(operator, student, teacher, target, True, *options, *group)[0]
+        loss = operator(student, teacher, target, False, *options, *group)[0]
+    else:  # a transform of torch.func sees a Function, but not a kernel of the dispatcher
+        arguments = student, teacher, target, True, *options, *group
+        loss = SavedGradients.apply(operator, *arguments)[0]
+    return loss
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -86,11 +89,11 @@ def form(
     power = 0.0
     if wanted and student.dtype == torch.float16:
         power = _power_of_two(options)
-    operands = student, teacher, target, gradient
+    operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
-        operands = tuple(_as_matrices(x, student.dim()) for x in operands)
+        operands = [_as_matrices(x, student.dim()) for x in operands]
     *tensors, filled = operands
-    loss = run(*tensors, _scaled(options, power) if power else options, filled)
+    loss: Tensor = run(*tensors, _scaled(options, power) if power else options, filled)
     if options.reduction in ("none", "terms"):
         leading = (4,) if options.reduction == "terms" else ()
         loss = loss.view(leading + index_shape(student.shape))
@@ -175,8 +178,10 @@ ONE_OWNER = 2
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _shared(gradient: Tensor) -> bool:
-    return _graph_is_kept() or gradient._use_count() != ONE_OWNER
+def _shared(gradient: Any) -> bool:
+    """Return whether a saved gradient will be used again, so that it must not be written to."""
+    capturing = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _graph_is_kept() or gradient._use_count() != ONE_OWNER or capturing
 
 
 class SavedGradients(Function):
@@ -262,9 +267,12 @@ def refuse_batched(upstream: Tensor) -> None:
         refuse_transforms()
 
 
-for boundary in (EagerLoss, SavedGradients, RefuseSecondDerivative):
-    boundary.jvp = staticmethod(refuse_transforms)
-    boundary.vmap = staticmethod(refuse_transforms)
+def refuse_transforms_of(*boundaries: Any) -> None:
+    for boundary in boundaries:
+        boundary.jvp = boundary.vmap = staticmethod(refuse_transforms)
+
+
+refuse_transforms_of(EagerLoss, SavedGradients, RefuseSecondDerivative)
 
 
 # --- the operator ---
@@ -274,6 +282,7 @@ OPTIONS = (
     "int ignore_index, str reduction"
 )
 ARGUMENTS = f"Tensor student, Tensor teacher, Tensor target, bool wanted, {OPTIONS}"
+
 
 def _new_library() -> Any:
     try:
@@ -318,11 +327,11 @@ def fake_forward(
     student: Tensor, teacher: Tensor, _: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 in (student.dtype, teacher.dtype)
-    shape = index_shape(student.shape)
-    if "terms" in options:
-        shape = (4, *shape)
-    elif "none" not in options:
-        shape = ()
+    reduction = Options(*options[: len(Options._fields)]).reduction
+    shape: tuple[int, ...] = ()
+    if reduction in ("none", "terms"):
+        leading = (4,) if reduction == "terms" else ()
+        shape = (*leading, *index_shape(student.shape))
     loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
     scale = None
     if wanted and student.dtype == torch.float16:
@@ -337,7 +346,8 @@ def autograd_kernel(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
         )
     student, teacher, target, wanted, *others = arguments
     wanted = wanted or (torch.is_grad_enabled() and student.requires_grad)
-    outputs = SavedGradients.apply(operator(), student, teacher, target, wanted, *others)
+    arguments = (student, teacher, target, wanted, *others)
+    outputs: tuple[Tensor, ...] = SavedGradients.apply(operator(), *arguments)
     return outputs
 
 

@@ -74,13 +74,15 @@ def _number(name: str, value: Any) -> float:
     """Return `value` as a float: of an int, a Fraction, a NumPy scalar or a 0-dim CPU tensor."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    return _converted(name, value, "a number", float)
+    number: float = _converted(name, value, "a number", float)
+    return number
 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    return _converted(name, value, "an int", operator.index)
+    number: int = _converted(name, value, "an int", operator.index)
+    return number
 
 
 def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:

@@ -44,7 +44,7 @@ _forced = "auto"
 _failures: dict[tuple[str, torch.device], str | None] = {}  # why a backend cannot run there
 
 
-class use_backend:  # noqa: N801
+class use_backend:
     """Force a backend in the whole process, at once; a ``with`` block restores the one before.
 
     Args:
