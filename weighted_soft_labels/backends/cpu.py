@@ -12,6 +12,7 @@ import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,6 +88,7 @@ def _recompute(
         chunk = student[index]
         formed = torch.empty_like(chunk, dtype=torch.float32)
         part = eager.run(chunk, teacher[index], target[index], each, formed)
-        rows[(..., *index)] = part
+        places: Any = (..., *index)  # of one number per row, or of four terms
+        rows[places] = part
         if gradient is not None:
             gradient.movedim(1, -1)[index] = (formed * unit).to(gradient.dtype)
