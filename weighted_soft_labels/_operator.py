@@ -1,13 +1,14 @@
 """The operator of the loss, and the one autograd boundary around it.
 
-    wsl_loss
-       |
-    distill -- eager code -----------------> EagerLoss ----------> form
-       |                                                            ^  \\
-       '------ compiled, exported, traced    weighted_soft_labels   |   backends.choose(...).run
-               code, tensor subclasses  ---> ::forward, wrapped in -'
-                                             SavedGradients
+    wsl_loss -> distill
+                  |
+                  |- eager code: EagerLoss ---------------------------.
+                  |                                                   v
+                  '- compiled, exported or traced code,             form -> backend.run
+                     torch.func, tensor subclasses:                   ^
+                     SavedGradients -> weighted_soft_labels::forward -'
 
+EagerLoss and SavedGradients are the same autograd boundary. The first one is faster.
 The forward pass forms the gradient for an upstream gradient of 1. Autograd saves that gradient and
 nothing else of the size of the logits. The backward pass multiplies it by the upstream gradient.
 
