@@ -32,11 +32,11 @@ def check_options(options: Options) -> Options:
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
     floats = type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float
     if not floats or type(ignore_index) is not int:
-        temperature = _number("temperature", temperature)
-        alpha = _number("alpha", alpha)
-        hard_weight = _number("hard_weight", hard_weight)
-        label_smoothing = _number("label_smoothing", label_smoothing)
-        ignore_index = _integer("ignore_index", ignore_index)
+        temperature = to_float("temperature", temperature)
+        alpha = to_float("alpha", alpha)
+        hard_weight = to_float("hard_weight", hard_weight)
+        label_smoothing = to_float("label_smoothing", label_smoothing)
+        ignore_index = to_int("ignore_index", ignore_index)
         options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     in_float32 = (
         1e-37 < temperature < 1e38
@@ -70,7 +70,7 @@ def _out_of_range(options: Options) -> str:
     return f"{expected}, got {temperature!r}, {alpha!r} and {hard_weight!r}"
 
 
-def _number(name: str, value: Any) -> float:
+def to_float(name: str, value: Any) -> float:
     """Return `value` as a float: of an int, a Fraction, a NumPy scalar or a 0-dim CPU tensor."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
@@ -78,7 +78,7 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _integer(name: str, value: Any) -> int:
+def to_int(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     number: int = _converted(name, value, "an int", operator.index)

@@ -18,11 +18,11 @@ from torch.autograd import Function
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
     Options,
-    _number,
     check_kind,
     check_options,
     in_memory,
     signed,
+    to_float,
 )
 from weighted_soft_labels.backends import eager
 
@@ -167,7 +167,7 @@ def _check(
 
 
 def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = to_float(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return number
