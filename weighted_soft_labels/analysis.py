@@ -169,8 +169,8 @@ def bias_variance(logits: Tensor, target: Tensor) -> BiasVariance:
         mean_m CE(yhat_m, y) = bias + variance
 
     The bias contains the noise of the labels: for class probabilities q, the bias is KL(q || ybar)
-    plus the entropy of q. The theory takes expectations over training sets: train the models on
-    disjoint parts of one.
+    plus the entropy of q. The theory is about random training sets, so train the models on disjoint
+    parts of the data.
 
     Args:
         logits: ``(M, C)``, ``(M, N, C)`` or ``(M, N, C, d1, ..., dk)``, M >= 1, with any strides;
