@@ -1,8 +1,8 @@
 """What the benchmarks share: how to take a time, and which runs may go into benchmarks/results.
 
-Providers take turns in one process, a burst of steps each. The others would leave the caches cold
-for a single step of microseconds. A time is the 20th percentile of the bursts. A spread is the 80th
-percentile over the 20th.
+Providers take turns in one process, a burst of steps each. A single step of microseconds would
+mostly measure caches that another provider filled. A time is the 20th percentile of the bursts. A
+spread is the 80th percentile over the 20th.
 
 A shape is measured up to three times, until no spread exceeds 1.5 and other processes took at most
 5 % of the machine's CPU time. A run is refused if the last attempt exceeds either limit: load does

@@ -150,10 +150,10 @@ def regularization_samples(
     slopes = _slopes_along_target if target.is_floating_point() else _slopes_at_label
     result = target.new_empty(index_shape(student_logits.shape), dtype=torch.bool)
     models = student_logits, teacher_logits
-    for box, label, valid, logits in _blocks(models, target, options.ignore_index):
+    for box, block_target, logits in _blocks(models, target, options.ignore_index):
         student, teacher = logits - logits.amax(-1, keepdim=True)
-        g, excess = slopes(label, student, teacher, options.temperature)
-        result[box] = (valid & RULES[rule](g, excess)).view(result[box].shape)
+        g, excess = slopes(block_target, student, teacher, options.temperature)
+        result[box] = RULES[rule](g, excess).view(result[box].shape)
     return result
 
 
@@ -168,9 +168,9 @@ def bias_variance(logits: Tensor, target: Tensor) -> BiasVariance:
         variance = mean_m KL(ybar || yhat_m)
         mean_m CE(yhat_m, y) = bias + variance
 
-    The bias contains the noise of the labels: for class probabilities q, it is KL(q || ybar) plus
-    the entropy of q. The theory is about the expectation over training sets. For an estimate, train
-    the models on disjoint parts of the training set.
+    The bias contains the noise of the labels: for class probabilities q, the bias is KL(q || ybar)
+    plus the entropy of q. The theory is about random training sets, so train the models on disjoint
+    parts of the data.
 
     Args:
         logits: ``(M, C)``, ``(M, N, C)`` or ``(M, N, C, d1, ..., dk)``, M >= 1, with any strides;
@@ -205,11 +205,10 @@ def bias_variance(logits: Tensor, target: Tensor) -> BiasVariance:
     """
     _check_models(logits, target)
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    result = logits.new_empty((2, *index_shape(logits.shape[1:])), dtype=dtype)
-    bias, variance = result
-    for box, label, valid, rows in _blocks(logits.unbind(0), target):
-        parts = _decompose(label, rows).masked_fill(~valid, math.nan)
-        bias[box], variance[box] = parts.view(2, *bias[box].shape)
+    bias = logits.new_empty(index_shape(logits.shape[1:]), dtype=dtype)
+    variance = torch.empty_like(bias)
+    for box, block_target, rows in _blocks(logits.unbind(0), target):
+        bias[box], variance[box] = _decompose(block_target, rows).view(2, *bias[box].shape)
     return BiasVariance(bias, variance)
 
 
@@ -219,11 +218,11 @@ def _check_models(logits: Tensor, target: Tensor) -> None:
     shape = logits.shape
     if logits.dtype not in _options.DTYPES:
         raise TypeError(f"logits must be float16, bfloat16, float32 or float64, got {logits.dtype}")
-    expected = ""
+    expected = None
     if len(shape) < 2:
         expected = "be (M, C), (M, N, C) or (M, N, C, d1, ..., dk)"
     elif shape[0] == 0:
-        expected = "be those of at least one model"
+        expected = "have at least one model"
     elif _options.class_count(shape[1:]) == 0:
         expected = "have at least one class"
     if expected:
@@ -240,20 +239,20 @@ def _check_models(logits: Tensor, target: Tensor) -> None:
 
 def _blocks(
     models: Sequence[Tensor], target: Tensor, ignore_index: int | None = None
-) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor, Tensor]]:
-    """Yield blocks of n elements: box, target, validity (n,) and logits of all models (M, n, C).
+) -> Iterator[tuple[tuple[slice, ...], Tensor, Tensor]]:
+    """Yield blocks of n elements: box, target and the logits of all models (M, n, C).
 
-    The target is class probabilities (n, C), or labels (n, 1), which are 0 where invalid.
+    The target is class probabilities (n, C) or labels (n, 1). The logits of elements whose label is
+    ignored or names no class are NaN.
     """
     classes = _options.class_count(models[0].shape)
     for box in _boxes(index_shape(models[0].shape), CHUNK // (len(models) * classes)):
         logits = torch.stack([_rows(each, box) for each in models])
         if target.is_floating_point():
-            label = _rows(target, box)
-            valid = torch.ones_like(label[:, 0], dtype=torch.bool)
+            yield box, _rows(target, box), logits
         else:
             label, valid = _labels(target[box], classes, ignore_index)
-        yield box, label, valid, logits
+            yield box, label, logits.where(valid, math.nan)
 
 
 def _boxes(shape: tuple[int, ...], size: int) -> Iterator[tuple[slice, ...]]:
@@ -278,7 +277,7 @@ def _rows(logits: Tensor, box: tuple[slice, ...]) -> Tensor:
 
 
 def _labels(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return labels (n, 1), 0 where invalid, and validity (n,). Raises IndexError on a CPU."""
+    """Return labels, 0 where invalid, and validity, both (n, 1). Raises IndexError on a CPU."""
     label = _options.signed(target).long().reshape(-1, 1)
     valid = (label >= 0) & (label < classes)
     wrong, legal = ~valid, f"[0, {classes})"
@@ -288,10 +287,10 @@ def _labels(target: Tensor, classes: int, ignore_index: int | None) -> tuple[Ten
         legal += f" or ignore_index ({ignore_index})"
     if target.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
         raise IndexError(f"target must hold class indices in {legal}, got {int(label[wrong][0])}")
-    return label.where(valid, 0), valid.squeeze(-1)
+    return label.where(valid, 0), valid
 
 
-# --- regularization samples: g and g - 2 * a up to a positive factor, from rows with maximum 0 ---
+# --- regularization samples: the signs of g and excess = g - 2 * a, from rows with maximum 0 ---
 
 RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "magnitude": lambda g, excess: g.sign() * excess.sign() > 0,  # |g - a| > |a|
@@ -301,9 +300,10 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _slopes_at_label(label: Tensor, student: Tensor, teacher: Tensor, T: float) -> Tensor:
-    """Compare log-odds and logarithms, because 1 - p has no digits left for p near 1.
+    """Return l'_s - l'_t, with the sign of g, and log(-2 a) - log(-g), with that of g - 2 a.
 
-    With the log-odds l' at T, ``-g = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))``.
+    The log-odds l = log(p / (1 - p)) keep their digits for p near 1. With l' at T,
+    ``-g = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))``.
     """
     s, t = _log_odds(student, label, T), _log_odds(teacher, label, T)
     difference = (-torch.expm1(s - t)).log().masked_fill(s == t, -math.inf)  # inf - inf is NaN
@@ -314,13 +314,13 @@ def _slopes_at_label(label: Tensor, student: Tensor, teacher: Tensor, T: float) 
 
 
 def _log_odds(z: Tensor, label: Tensor, T: float) -> Tensor:
-    """Return the label's log(p / (1 - p)). The difference never cancels: the maximum of z is 0."""
+    """Return the label's log-odds; they never cancel, as z_y is 0 or the logsumexp is >= 0."""
     others = z.scatter(-1, label, -math.inf)
     return z.gather(-1, label).squeeze(-1) / T - (others / T).logsumexp(-1)
 
 
 def _slopes_along_target(q: Tensor, student: Tensor, teacher: Tensor, T: float) -> Tensor:
-    """Follow the definition. If all probabilities but one underflow, a and g are 0."""
+    """Return g and g - 2 a by definition; both are 0 if all probabilities but one underflow."""
     p, p_student, p_teacher = (x.softmax(-1) for x in (student, student / T, teacher / T))
     a = _derivative(q, q.sum(-1, keepdim=True) * p - q, p)
     g = T * _derivative(q, p_student - p_teacher, p_student + p_teacher)
@@ -347,7 +347,7 @@ def _decompose(target: Tensor, logits: Tensor) -> Tensor:
     """
     z = logits - logits.amax(-1, keepdim=True)
     lowest = z.amin(0)
-    # Differences from the first model are exactly 0 where the models agree.
+    # A masked class stays masked. Differences from the first model are 0 where the models agree.
     mean = torch.where(lowest == -math.inf, lowest, z[0] + (z - z[0]).mean(0))
     z = torch.cat((z, mean[None]))
     top, index = z.max(-1, keepdim=True)
@@ -368,7 +368,10 @@ def _decompose(target: Tensor, logits: Tensor) -> Tensor:
 
 
 def _divergence(ybar: Tensor, yhat: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return ``ybar * (exp(d) - 1 - d)`` for ``d = log yhat - log ybar``; exp(d) may overflow."""
+    """Return ``ybar * (exp(d) - 1 - d)`` for ``d = log yhat - log ybar``.
+
+    For large d, exp(d) may overflow, but ``ybar * exp(d)`` is yhat.
+    """
     near = ybar * (torch.expm1(log_ratio) - log_ratio)
     far = torch.where(ybar == 0, yhat, yhat - ybar * (1 + log_ratio))
     return torch.where((ybar == 0) | (log_ratio > 1), far, near).clamp(min=0)

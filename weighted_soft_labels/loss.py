@@ -71,7 +71,7 @@ def wsl_loss(
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
         Perspective", ICLR 2021, arXiv 2102.00650, and its official code. Differences from that
         code: the weight keeps its digits for confident teachers, for which float32 code is off by
-        0.1 and more; a term with scale 0 is left out; any shape, dtype, class count and target.
+        0.1 and more; a term with scale 0 is omitted; any shape, dtype, class count and target.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """The paper's equations in differentiable PyTorch, one per line: for proof, not for speed.
 
-The optimized loss shares no code with this module. Here every dtype computes in itself: use float64
-to judge results. The memory is about ten times that of :func:`weighted_soft_labels.wsl_loss`.
+The optimized loss shares no code with this module. The computation is in the dtype of the student's
+logits: pass float64 to judge other code. It takes about ten times the memory of `wsl_loss`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def wsl_loss(
     Source:
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
         Perspective", ICLR 2021, and its official code. Differences from that code: any shape and
-        kind of target; a term with scale 0 is left out, so that 0 never meets inf; the loss is inf
+        kind of target; a term with scale 0 is omitted, so that 0 never meets inf; the loss is inf
         if the student rules out a class that the teacher does not, even if the weight is 0.
 
     Example:
