@@ -41,7 +41,7 @@ REMEDIES = {
     "TRITON_CACHE_DIR; TRITON_PTXAS_PATH names a newer ptxas.",
 }
 _forced = "auto"
-_failures: dict[tuple[str, int], str | None] = {}  # backend, device index: why it cannot run
+_failures: dict[tuple[str, torch.device], str | None] = {}  # why a backend cannot run there
 
 
 class use_backend:  # noqa: N801
@@ -115,7 +115,7 @@ def _unsupported(name: str, student: Tensor, teacher: Tensor, target: Tensor) ->
 
 def _failure(name: str, student: Tensor) -> str | None:
     """Return why the backend cannot run on the student's device at all, found out once."""
-    key = (name, student.get_device())
+    key = (name, student.device)
     if key in _failures:
         return _failures[key]
     if student.is_cuda and torch.cuda.is_current_stream_capturing():

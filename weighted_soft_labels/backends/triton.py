@@ -298,9 +298,7 @@ def _tile_maximum(x, columns, previous, plan: tl.constexpr):
 
 
 @triton.jit
-def _tile_statistics(
-    student, teacher, target, start, rows, previous, inverse, plan: tl.constexpr
-):  # fmt: skip
+def _tile_statistics(student, teacher, target, start, rows, previous, inverse, plan: tl.constexpr):
     """z of both sets of logits for one tile of classes, and the statistics of each thread.
 
     Fields of Statistics one by one: Triton 3.3 returns no tuple in a tuple in a tuple.
@@ -355,17 +353,13 @@ def _empty(student_maximum, teacher_maximum, plan: tl.constexpr):
 
 
 @triton.jit
-def _sums_across(x):
-    others, soft_others = tl.sum(x.others, 1), tl.sum(x.soft_others, 1)
-    return Sums(tl.max(x.maximum, 1), others, soft_others, tl.sum(x.qz, 1))
-
-
-@triton.jit
 def _across_lanes(x):
     """Statistics per row from those of the threads that share a row and its maxima."""
-    student, teacher = _sums_across(x.student), _sums_across(x.teacher)
+    s, t = x.student, x.teacher
+    s = Sums(tl.max(s.maximum, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
+    t = Sums(tl.max(t.maximum, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
     dot, z_sum = tl.sum(x.dot, 1), tl.sum(x.z_sum, 1)
-    return Statistics(student, teacher, dot, z_sum, tl.sum(x.z_count, 1), tl.sum(x.others_q, 1))
+    return Statistics(s, t, dot, z_sum, tl.sum(x.z_count, 1), tl.sum(x.others_q, 1))
 
 
 @triton.jit
@@ -470,12 +464,6 @@ def _store_gradient(
     tl.store(_address(gradient, lane + step, plan), value, mask, cache_modifier=modifier)
 
 
-@triton.jit
-def _reread_z(logits, columns, mask, maximum, plan: tl.constexpr):
-    x = _load(logits, columns, mask, plan)
-    return tl.where(mask, x - _per_class(maximum), float("-inf"))
-
-
 # --- kernels ---
 
 
@@ -512,14 +500,17 @@ def _program(
     if GRADIENT:
         kept_unit = tl.where(rows.kept, unit, 0.0)
         scales = _scales(statistics, s, t, rows.q, weight, kept_unit, settings, plan)
+        student_maximum = _per_class(statistics.student.maximum)
+        teacher_maximum = _per_class(statistics.teacher.maximum)
         last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
         for back in range(0, plan.CLASSES, plan.TILE):
             start = last - back
             if plan.TILE < plan.CLASSES:
                 lane, step, mask = _columns(start, rows.kept, plan)
-                columns = lane + step
-                student_z = _reread_z(student, columns, mask, statistics.student.maximum, plan)
-                teacher_z = _reread_z(teacher, columns, mask, statistics.teacher.maximum, plan)
+                x = _load(student, lane + step, mask, plan)
+                y = _load(teacher, lane + step, mask, plan)
+                student_z = tl.where(mask, x - student_maximum, float("-inf"))
+                teacher_z = tl.where(mask, y - teacher_maximum, float("-inf"))
             _store_gradient(
                 gradient, student_z, teacher_z, target, start, rows, scales, inverse, plan
             )
@@ -608,10 +599,10 @@ def run(
     reduction = options.reduction
     shape = index_shape(student.shape)
     loss = student.new_empty((4, *shape) if reduction == "terms" else shape, dtype=torch.float32)
-    wanted = gradient is not None
-    tensors = (student, teacher, target, gradient if wanted else student, loss)
+    # Without a gradient, its pointer is not followed.
+    tensors = (student, teacher, target, student if gradient is None else gradient, loss)
     with torch.cuda.device_of(student):  # Triton launches on the current device
-        _forward(tensors, options, wanted)
+        _forward(tensors, options, gradient is not None)
     if reduction in ("none", "terms"):
         return loss
     total = loss.sum()  # the rows of a mean are shares of it
@@ -640,6 +631,10 @@ def probe(tensor: Tensor) -> None:
         Exception: Triton, a compiler, its cache or the driver does not work.
     """
     if not INTERPRETED:
+        if not tensor.is_cuda:
+            raise RuntimeError(
+                f"Triton runs on a GPU, or with TRITON_INTERPRET=1, got {tensor.device}"
+            )
         with torch.cuda.device_of(tensor):
             dtypes = (torch.float32, torch.float32)
             kernel = _scale_kernel.warmup(*dtypes, 1, grid=(1,), num_warps=4, **FUSION)
@@ -673,7 +668,7 @@ def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> Non
 
 def _launch(
     student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor, options: Options
-) -> tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]:
+) -> tuple[int, Tensor, list[Any], dict[str, Any]]:
     """Return the number of programs, `counted`, the scalar arguments and the constants.
 
     A thread takes at most 32 classes of both sets of logits. More do not fit into the 128 registers
@@ -703,8 +698,8 @@ def _launch(
     temperature = options.temperature
     alpha_t = options.alpha * temperature
     settings = (1 / temperature, alpha_t, alpha_t * temperature, options.hard_weight)
-    scalars = (rows, options.ignore_index, *settings, options.label_smoothing, share)
-    scalars += tuple(stride for operand in strides for stride in operand)
+    scalars: list[Any] = [rows, options.ignore_index, *settings, options.label_smoothing, share]
+    scalars.extend(stride for operand in strides for stride in operand)
     return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
         "TEMPERATURE": int(temperature) if temperature in (1, 2) else 0,
@@ -743,9 +738,8 @@ def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tens
     if target.is_floating_point():
         return 0, counted, 1 / max(index_shape(student.shape).numel(), 1)
     # Reading 1024 labels is cheaper than a launch. They need one stride.
-    one_stride = len(target) == 1 or target.dim() == 1
-    if not one_stride:
-        one_stride = target.stride(0) == target.shape[1] * target.stride(1)
+    *outer, inner = target.stride()
+    one_stride = len(target) == 1 or not outer or outer[0] == target.shape[1] * inner
     if one_stride and target.numel() <= 1024:
         return 1, counted, 1.0
     labels = target.reshape(-1).contiguous()
