@@ -47,7 +47,7 @@ def exact_step(
 
 
 def exact_terms(student: Tensor, teacher: Tensor, target: Tensor, **options: Any) -> WSLTerms:
-    """Return the terms of the loss, computed in float64 by the eager backend."""
+    """Return the terms of the loss, computed in float64 and rounded to float32."""
     with use_backend("eager"):
         return wsl_terms(student.double(), teacher.double(), target, **options)
 
