@@ -15,14 +15,16 @@ if not torch.cuda.is_available():
 
 from weighted_soft_labels.backends import use_backend
 
-# A backend stays forced for all examples of a test, so a fixture per test is right.
-settings.register_profile(
-    "tests",
-    deadline=None,
-    max_examples=25,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.load_profile("tests")
+# More examples: `pytest --hypothesis-profile=thorough`. A backend stays forced for all examples
+# of a test, so a fixture per test is right.
+for name, examples in (("default", 10), ("thorough", 60)):
+    settings.register_profile(
+        name,
+        deadline=None,
+        max_examples=examples,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+settings.load_profile("default")
 
 BUILT = find_spec("weighted_soft_labels.backends.cpu_kernel") is not None
 TRITON = find_spec("triton") is not None
@@ -63,6 +65,13 @@ def float64_backend(backend: str) -> str:
     if backend == "triton":
         pytest.skip("the Triton kernels compute in float32")
     return backend
+
+
+@pytest.fixture
+def most_classes(backend: str) -> int:
+    """Triton's interpreter would take minutes for more."""
+    interpreted = backend == "triton" and not torch.cuda.is_available()
+    return 20_000 if interpreted else 300_000
 
 
 @pytest.fixture(scope="module")

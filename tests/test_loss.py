@@ -129,7 +129,7 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("student_layout", STRIDED)
-@pytest.mark.parametrize("teacher_layout", STRIDED)
+@pytest.mark.parametrize("teacher_layout", ["sliced", "channels last", "permuted pixels"])
 def test_any_strides_of_either_set_of_logits(student_layout, teacher_layout):
     for shape in [(6, 7), (3, 5, 4, 6)]:
         student, teacher, target = problem(shape)
@@ -139,10 +139,10 @@ def test_any_strides_of_either_set_of_logits(student_layout, teacher_layout):
         assert_as_reference(student, teacher, STRIDED[student_layout](probabilities))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 128, 1025, 32000, 300_000])
+@pytest.mark.parametrize("classes", [2, 3, 128, 1025, 300_000])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-def test_any_number_of_classes(classes, temperature):
-    assert_as_reference(*problem((3, classes)), temperature=temperature)
+def test_any_number_of_classes(classes, temperature, most_classes):
+    assert_as_reference(*problem((3, min(classes, most_classes))), temperature=temperature)
 
 
 # --- exact where the official code is not ---
@@ -168,8 +168,9 @@ def float64_weight(student, teacher, label):
 
 @pytest.mark.parametrize("classes", [2, 10, 1000, 300_000])
 @pytest.mark.parametrize("offset", [0.0, 7.3])
-def test_weight_is_exact_for_memorising_teachers(classes, offset):
-    margins = torch.linspace(0, 30, 121 if classes < 1000 else 8) + math.log(classes)
+def test_weight_is_exact_for_memorising_teachers(classes, offset, most_classes):
+    classes = min(classes, most_classes)
+    margins = torch.linspace(0, 30, 121 if classes < 1000 else 16) + math.log(classes)
     teacher = memorised(classes, margins, offset) + 0.3 * randn(len(margins), classes)
     # The students are as good as the teacher, or nearly, so that weights cover 0 to 1.
     student = teacher.clone()
@@ -440,7 +441,7 @@ def test_expanded_upstream_gradient():
 
 def test_float16_gradient_survives_a_gradient_scaler():
     """Student and teacher are nearly indifferent: a row's gradient is at most 1e-5."""
-    student, _, target = problem((4096, 10), dtype=torch.float16, scale=1e-4)
+    student, _, target = problem((2048, 10), dtype=torch.float16, scale=1e-4)
     _, exact = exact_step(student, student, target)
     _, gradient = step(wsl_loss, student, student, target, upstream=torch.tensor(65536.0))
     assert ((gradient.double() / 65536 - exact).abs() <= 1e-3 * exact.abs()).all()
