@@ -71,7 +71,7 @@ def float64_backend(backend: str) -> str:
 def most_classes(backend: str) -> int:
     """Triton's interpreter would take minutes for more."""
     interpreted = backend == "triton" and not torch.cuda.is_available()
-    return 20_000 if interpreted else 300_000
+    return 10_000 if interpreted else 300_000
 
 
 @pytest.fixture(scope="module")

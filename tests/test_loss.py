@@ -62,7 +62,7 @@ def test_float64_gradient_beside_ignored_elements_keeps_its_digits(reduction):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("temperature", [1, 2, 3.3, 4.0])
+@pytest.mark.parametrize("temperature", [1, 2, 3.3])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_every_shape_and_temperature(shape, temperature, probabilities):
     assert_as_reference(*problem(shape, probabilities=probabilities), temperature=temperature)
@@ -72,10 +72,9 @@ def test_every_shape_and_temperature(shape, temperature, probabilities):
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
 @pytest.mark.parametrize("shape", [(8, 10), (3, 6, 5)])
 @pytest.mark.parametrize(
-    ("hard_weight", "alpha", "label_smoothing"),
-    [(1, 2.5, 0.1), (0.0, 1.0, 0.0), (0.5, 0, 0.0), (2.0, 2.25, 1.0)],
+    ("hard_weight", "alpha", "label_smoothing", "temperature"),
+    [(1, 2.5, 0.1, 2.0), (0.0, 1.0, 0.0, 1.0), (0.5, 0, 0.0, 2.0), (2.0, 2.25, 1.0, 4.0)],
 )
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_every_option(reduction, kind, shape, hard_weight, alpha, label_smoothing, temperature):
     inputs = problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored")
     assert_as_reference(
@@ -170,7 +169,7 @@ def float64_weight(student, teacher, label):
 @pytest.mark.parametrize("offset", [0.0, 7.3])
 def test_weight_is_exact_for_memorising_teachers(classes, offset, most_classes):
     classes = min(classes, most_classes)
-    margins = torch.linspace(0, 30, 121 if classes < 1000 else 16) + math.log(classes)
+    margins = torch.linspace(0, 30, 121 if classes < 1000 else 9) + math.log(classes)
     teacher = memorised(classes, margins, offset) + 0.3 * randn(len(margins), classes)
     # The students are as good as the teacher, or nearly, so that weights cover 0 to 1.
     student = teacher.clone()
