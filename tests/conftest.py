@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -53,10 +54,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """
     name: str = request.param
     on_gpu = name == "triton" and torch.cuda.is_available()
-    torch.set_default_device("cuda" if on_gpu else None)
-    with use_backend("auto" if name == "cpu" else name):
+    device = torch.device("cuda") if on_gpu else nullcontext()
+    with use_backend("auto" if name == "cpu" else name), device:
         yield name
-    torch.set_default_device(None)
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def problem(shape, *, seed=0, scale=3.0, dtype=torch.float32, probabilities=Fals
         target = torch.randint(shape[dim], labels, generator=generator, device="cpu")
     if ignored:
         target.view(-1)[::3] = -100
-    device = torch.get_default_device()
+    device = torch.empty(0).device
     student, teacher = logits.to(device, dtype).unbind(0)
     return student, teacher, target.to(device)
 
