@@ -170,7 +170,7 @@ def join(
     # Slices: a list of columns would be copied to the GPU, and wait for it.
     same = (sizes == sizes[0])[:, 1:5:3].all() & (sizes[:, 2] == sizes[:, 3]).all()
     all_reduce = partial(dist.all_reduce, group=group)
-    shard = eager.Shard(rank, sizes[:, 2:3], sizes[:rank, 2].sum(), same, all_reduce)
+    shard = eager.Shard(rank, len(sizes), sizes[:rank, 2].sum(), same, all_reduce)
     return shard, largest
 
 
