@@ -11,13 +11,12 @@ student s and teacher t:
     gradient    hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t)
                 with p_k - 1 = -others / (1 + others) where others < 1
 
-`others` is the sum of exponentials less 1. A model that is sure of its top class has a small
-`others`, whose digits the sum would lose. The gradient adds p_k - 1 first and the 1s last. The 1s
-cancel exactly where student, teacher and label agree.
+A model that is sure of its top class has a sum of exponentials just above 1. `others` is that sum
+less 1 without cancellation, and p_k - 1 is small. The gradient adds such differences first and the
+1s last. The 1s cancel exactly where student, teacher and label agree.
 
-The C kernel has the same sums. Both terms of CE are >= 0 whatever the label is. The Triton backend
-leaves out the label's class: a kernel knows the label before it reads the logits, the top class
-only afterwards.
+The C kernel has the same sums. The Triton backend leaves out the label's class: a kernel knows the
+label before it reads the logits, the top class only afterwards.
 
 `merge` combines the statistics of disjoint sets of classes. A process with a shard of the classes
 merges its statistics with those of the other processes, between `statistics` and `combine`.
@@ -120,8 +119,8 @@ def run(
         rows[:, b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None and gradient.shape[1]:
             if shared is not None:
-                _, p, soft = _below(logits[0], tops[0], 1.0, options.temperature)
-                e = [p, soft, _below(logits[1], tops[1], options.temperature)[1]]
+                _, p, soft = _exponentials(logits[0], tops[0], 1.0, options.temperature)
+                e = [p, soft, _exponentials(logits[1], tops[1], options.temperature)[1]]
             formed = _gradient(e, part, tops, label, combined.weight, unit, options)
             gradient[b, :, r] = _kept(formed, label)
     if terms or options.reduction == "none":
@@ -138,11 +137,8 @@ def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
     if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
         return
-    rows = (
-        gradient.flatten(2)
-        if gradient.dim() > 2
-        else batched(gradient if gradient.dim() > 1 else gradient[None])
-    )
+    matrix = gradient[None] if gradient.dim() == 1 else gradient
+    rows = batched(matrix) if matrix.dim() == 2 else matrix.flatten(2)
     factors = factor.expand(index_shape(gradient.shape)).reshape(rows.shape[0], rows.shape[2])
     for b, r in blocks(rows):  # with another dtype ATen makes a copy of the whole tensor
         rows[b, :, r].mul_(factors[b, None, r])
@@ -205,21 +201,22 @@ def statistics(
 ) -> tuple[Statistics, list[Top], list[Tensor]]:
     """Return also the top classes, and exp(z), exp(z / T) and exp(z' / T) for the gradient."""
     top, teacher_top = _top(student), _top(teacher)
-    z, e, soft = _below(student, top, 1.0, options.temperature)
-    teacher_z, teacher_e, teacher_soft = _below(teacher, teacher_top, 1.0, options.temperature)
+    temperatures = 1.0, options.temperature
+    z, e, soft = _exponentials(student, top, *temperatures)
+    teacher_z, teacher_e, teacher_soft = _exponentials(teacher, teacher_top, *temperatures)
     part = Statistics(
-        top.logit,
-        _sum(e),
-        _sum(soft),
-        _label_sum(label, z),
-        teacher_top.logit,
-        _sum(teacher_e),
-        _sum(teacher_soft),
-        _label_sum(label, teacher_z),
-        _sum(label.mass),
-        _expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
-        _sum(z) if options.label_smoothing else torch.zeros_like(top.logit),
-        torch.full_like(top.logit, z.shape[1]),
+        top=top.logit,
+        others=_sum(e),
+        soft_others=_sum(soft),
+        label=_label_sum(label, z),
+        teacher_top=teacher_top.logit,
+        teacher_others=_sum(teacher_e),
+        teacher_soft_others=_sum(teacher_soft),
+        teacher_label=_label_sum(label, teacher_z),
+        mass=_sum(label.mass),
+        dot=_expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
+        z_sum=_sum(z) if options.label_smoothing else torch.zeros_like(top.logit),
+        classes=torch.full_like(top.logit, z.shape[1]),
     )
     return part, [top, teacher_top], [e, soft, teacher_soft]
 
@@ -231,7 +228,7 @@ def _top(logits: Tensor) -> Top:
     return Top(indices, logit, torch.ones_like(logit))
 
 
-def _below(logits: Tensor, top: Top, *temperatures: float) -> list[Tensor]:
+def _exponentials(logits: Tensor, top: Top, *temperatures: float) -> list[Tensor]:
     """Return z, and exp(z / T) for every temperature, 0 at the top class."""
     # A shard may have only masked classes. -inf less -inf would be NaN.
     z = logits - top.logit.clamp(min=torch.finfo(logits.dtype).min)
@@ -410,14 +407,15 @@ def _less_label_(
         p.mul_(mass).add_(less.scatter_add_(1, top.indices, one * mass))
         return
     if smoothing:
-        p.sub_(smoothing / part.classes).scatter_add_(1, label.indices, smoothing * label.mass)
-    _add_ones_(p, top.indices, one, label.indices, label.mass)
+        p.sub_(smoothing / part.classes)
+    _add_ones_(p, top.indices, one, label.indices, label.mass, smoothing)
 
 
 def _add_ones_(
-    p: Tensor, index: Tensor, one: Tensor, other_index: Tensor, other_one: Tensor
+    p: Tensor, index: Tensor, one: Tensor, other: Tensor, other_one: Tensor, smoothing: float = 0.0
 ) -> None:
-    """Add `one` and subtract `other_one`: where their classes are the same, as one number."""
-    common = other_one.masked_fill(index != other_index, 0)
-    p.scatter_add_(1, index, one - common)
-    p.scatter_add_(1, other_index, common - other_one)
+    """Add `one`, subtract `(1 - smoothing) * other_one`: in the same class, as one number."""
+    same = index == other
+    more = smoothing * other_one
+    p.scatter_add_(1, index, torch.where(same, one - other_one + more, one))
+    p.scatter_add_(1, other, (more - other_one).masked_fill_(same, 0))
