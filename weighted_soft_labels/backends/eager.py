@@ -376,15 +376,14 @@ def _gradient(
         _less_label_(p, top, one, part, label, options.label_smoothing)
         # Class probabilities have entered with their mass. That of an index is 1, or NaN.
         p.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
-    else:
-        p.zero_()
-    if options.alpha:
-        one = _softmax_less_1_(soft, top, part.soft_others)
-        teacher_one = _softmax_less_1_(teacher_soft, teacher_top, part.teacher_soft_others)
-        difference = soft.sub_(teacher_soft)
-        _add_ones_(difference, top.indices, one, teacher_top.indices, teacher_one)
-        p.addcmul_(difference, unit * (options.alpha * options.temperature) * weight)
-    return p
+    if not options.alpha:
+        return p if options.hard_weight else p.zero_()
+    one = _softmax_less_1_(soft, top, part.soft_others)
+    teacher_one = _softmax_less_1_(teacher_soft, teacher_top, part.teacher_soft_others)
+    difference = soft.sub_(teacher_soft)
+    _add_ones_(difference, top.indices, one, teacher_top.indices, teacher_one)
+    scale = unit * (options.alpha * options.temperature) * weight
+    return p.addcmul_(difference, scale) if options.hard_weight else difference.mul_(scale)
 
 
 def _softmax_less_1_(e: Tensor, top: Top, others: Tensor) -> Tensor:
