@@ -7,9 +7,9 @@ import re
 import pytest
 import torch
 import torch.distributed as dist
+from processes import in_processes, joined
 from test_linear import NAMES, ROWS, problem
 from test_linear import exact as exact_linear
-from test_modes import in_processes, joined
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
