@@ -337,10 +337,10 @@ def test_a_compiled_call_that_raised_leaves_later_compilations_working(compiled,
     ("option", "values"), [("temperature", (4, 5, 6.5)), ("ignore_index", (-100, 1, 2))]
 )
 def test_compiled_options_may_be_ints_and_change_between_calls(compiled, dynamic, option, values):
-    function = compiled(dynamic=dynamic)
+    function, inputs = compiled(dynamic=dynamic), problem((6, 10))
     for value in values:
-        ours = step(function, STUDENT, TEACHER, TARGET, **{option: value})
-        expected = step(wsl_loss, STUDENT, TEACHER, TARGET, **{option: value})
+        ours = step(function, *inputs, **{option: value})
+        expected = step(wsl_loss, *inputs, **{option: value})
         torch.testing.assert_close(ours, expected)
 
 
