@@ -145,7 +145,7 @@ def regularization_samples(
     """
     options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
-    if rule not in RULES:
+    if not isinstance(rule, str) or rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}, got {rule!r}")
     slopes = _slopes_along_target if target.is_floating_point() else _slopes_at_label
     result = target.new_empty(index_shape(student_logits.shape), dtype=torch.bool)
@@ -245,6 +245,9 @@ def _blocks(
     The target is class probabilities (n, C) or labels (n, 1). The logits of elements whose label is
     ignored or names no class are NaN.
     """
+    if not torch.compiler.is_compiling():
+        models = [_options.in_memory("logits", x) for x in models]
+        target = _options.in_memory("target", target)
     classes = _options.class_count(models[0].shape)
     for box in _boxes(index_shape(models[0].shape), CHUNK // (len(models) * classes)):
         logits = torch.stack([_rows(each, box) for each in models])

@@ -313,7 +313,7 @@ def _shared(
         indices[..., r] = torch.cat([top.indices for top in tops])
     shard.all_reduce(slots)
     part, owners = merge(Statistics._make(slots.unbind(1)), options.temperature)
-    wrong = (part.mass == 0) | ~shard.agree
+    wrong = (part.mass != 1) | ~shard.agree  # no process, or several, have the label
     part = part._replace(mass=part.mass.masked_fill(wrong, math.nan))
     here = [(owner == shard.rank).to(like.dtype) for owner in owners]
     top = Top(indices[:1], part.top, here[0])

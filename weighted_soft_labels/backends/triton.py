@@ -387,6 +387,7 @@ def _row(sums, others_q, logits, rows, inverse, plan: tl.constexpr):
     x = tl.load(address, followed, other=float("nan")).to(tl.float32)
     z = tl.where(rows.kept, x - sums.maximum, 0.0)
     e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
+    z = tl.where(sums.others + e > 0, z, float("nan"))  # a row without classes, all of them -inf
     # If the label has the maximum, exp(z) - 1 is 0; if not, `others` contains the maximum's 1.
     excess, soft_excess = sums.others + (e - 1), sums.soft_others + (soft - 1)
     ce = _log1p(excess) - z
