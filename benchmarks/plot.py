@@ -1,10 +1,12 @@
-"""Draw the benchmark's figures and print its table in Markdown, from the CSV files and from nothing else.
+"""Draw the benchmark's figures and print the tables of the pages, from the CSV files alone.
 
     python benchmarks/plot.py
 
-For every device and dtype in benchmarks/results: time over `F.cross_entropy` by shape, eager and compiled, and peak
-memory; for a GPU also the roofline, ideal bytes a second as a share of what a copy reaches. A time is the low fifth of
-the run; the line above it ends at the 80th percentile.
+For every device and dtype in benchmarks/results: time over `F.cross_entropy` by shape, eager and
+compiled, and peak memory. For a GPU also the roofline: ideal bytes per second as a share of what a
+copy reaches. A time is the 20th percentile of its bursts; the line above it ends at the 80th.
+
+Printed are the tables of benchmarks/README.md, then the four rows of README.md.
 """
 
 from __future__ import annotations
@@ -106,10 +108,11 @@ def draw(rows: list[Row], path: Path) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Of one dtype: a line a shape, every cell eager / compiled."""
+    """Return the table of one dtype: one line per shape, every cell eager / compiled."""
     lines = [
-        f"| {rows[0]['dtype']} logits | `wsl_loss` | time over `F.cross_entropy` | speed over official "
-        "| speed over `F.cross_entropy` + `F.kl_div` | peak memory, in logits |",
+        f"| {rows[0]['dtype']} logits | `wsl_loss` | time over `F.cross_entropy` "
+        "| speed over official | speed over `F.cross_entropy` + `F.kl_div` "
+        "| peak memory, in logits |",
         "|---" * 6 + "|",
     ]
     cells = {(row["shape"], row["provider"]): row for row in rows}
@@ -123,6 +126,49 @@ def table(rows: list[Row]) -> str:
             line.append(f"{float(eager[column]):.2g} / {float(compiled[column]):.2g}")
         lines.append(f"| {' | '.join([*line, eager['peak_logits'] or '-'])} |")
     return "\n".join(lines)
+
+
+def linear_table(rows: list[Row]) -> str:
+    """Return the table of cpu_linear.csv: one line per provider and dtype."""
+    lines = ["| provider | dtype | time | peak memory |", "|---" * 4 + "|"]
+    for row in rows:
+        cells = row["provider"], row["dtype"], f"{float(row['p20_ms']):,.0f} ms"
+        lines.append(f"| {' | '.join(cells)} | {float(row['peak_float32_logits']):.2f} |")
+    return "\n".join(lines)
+
+
+SUMMARY = {"256x1000": "ImageNet", "1024x32000": "LLM vocabulary", "2x19x256x256": "segmentation"}
+
+
+def summary(rows: list[Row], linear: list[Row]) -> str:
+    """Return the README's rows, float32: three shapes of cpu.csv, then one of cpu_linear.csv."""
+    cells = {(row["shape"], row["provider"]): row for row in rows if row["dtype"] == "float32"}
+    lines = []
+    for shape, use in SUMMARY.items():
+        line = [f"`wsl_loss`, {shape} ({use})", "`F.cross_entropy` + `F.kl_div`"]
+        for form in ("", ", compiled"):
+            ours, theirs = cells[shape, f"wsl_loss{form}"], cells[shape, f"distillation{form}"]
+            line.append(milliseconds(ours["p20_us"], theirs["p20_us"], 1000))
+        ours, theirs = cells[shape, "wsl_loss"], cells[shape, "distillation"]
+        memory = f"{ours['peak_logits']} vs {theirs['peak_logits']}"
+        lines.append([*line, memory if ours["peak_logits"] else "-"])
+    ours, theirs = linear[:2]
+    length, width, classes = ours["shape"].split("x")
+    lines.append(
+        [
+            f"`linear_wsl_loss`, {length}x{classes}, {width} features",
+            "`F.linear` twice + `wsl_loss`",
+            milliseconds(ours["p20_ms"], theirs["p20_ms"], 1),
+            "-",
+            " vs ".join(f"{float(row['peak_float32_logits']):.2f}" for row in (ours, theirs)),
+        ]
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def milliseconds(ours: str, theirs: str, divisor: int) -> str:
+    times = (float(time) / divisor for time in (ours, theirs))
+    return " vs ".join(f"{time:.3g}" if time < 100 else f"{time:,.0f}" for time in times) + " ms"
 
 
 def main() -> None:
@@ -149,6 +195,10 @@ def main() -> None:
             chosen = [row for row in rows if row["dtype"] == dtype]
             draw(chosen, args.figures / f"{path.stem}_{dtype}.png")
             print(table(chosen))
+    linear = args.results / "cpu_linear.csv"
+    if linear.exists() and found[0].stem == "cpu":
+        rows = read(linear)
+        print(linear_table(rows), summary(read(found[0]), rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""examples/related: what makes each method what it is, and each script as a program in a folder of its own."""
+"""examples/related: the defining parts of each method, and each script run as a program."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ for _module in ("sklearn", "scipy", "matplotlib", "tqdm"):
 RELATED = Path(__file__).parents[1] / "examples" / "related"
 sys.path.insert(0, str(RELATED))
 
+import common  # noqa: E402
 import dfa  # noqa: E402
 import infodrop  # noqa: E402
 import prokt  # noqa: E402
@@ -39,34 +40,35 @@ OPTIONS = {
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """By script, what two seeds print."""
-    folder, found = tmp_path_factory.mktemp("related"), {}
+    """The output of each script for two seeds, run in a copy of the folder."""
+    folder = tmp_path_factory.mktemp("related") / "copy"
+    shutil.copytree(RELATED, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    output = {}
     for name, options in OPTIONS.items():
-        shutil.copy(RELATED / f"{name}.py", folder)  # alone: the three share nothing
         command = [sys.executable, f"{name}.py", "--seeds", "2", *options]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
         assert done.returncode == 0, done.stderr
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        found[name] = done.stdout
-        (folder / f"{name}.py").unlink()
-    return found
+        output[name] = done.stdout
+    return output
 
 
 def numbers(text: str, start: str) -> list[float]:
-    """Those of the one line that starts so."""
+    """The numbers in the one line that begins with `start`."""
     (line,) = (line for line in text.splitlines() if line.startswith(start))
     return [float(number) for number in re.findall(NUMBER, line.removeprefix(start))]
 
 
-# ProKT --------------------------------------------------------------------------------------------------------------
+# ProKT
 
 
 @pytest.fixture
 def pair() -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
     """An untrained teacher and student, 50 images and their labels."""
     torch.manual_seed(0)
-    images, labels, *_ = prokt.draw_data()
-    return *prokt.networks(), images[:50], labels[:50]
+    train, _ = common.draw_split(test_versions=1)
+    teacher, student = prokt.networks()
+    return teacher, student, common.distort(train.images[:50]), train.labels[:50]
 
 
 @pytest.mark.parametrize("method", prokt.METHODS)
@@ -86,66 +88,55 @@ def test_the_teacher_s_step_gives_the_student_no_gradient(pair):
 
 def test_the_progressive_teacher_moves_towards_the_student(pair):
     _, student, images, labels = pair
-    student_logits = prokt.predict(student, images)
+    student_logits = common.predict(student, images)
 
     def distance_after(pull: float, steps: int = 20) -> float:
         torch.manual_seed(1)
         teacher, _ = prokt.networks()
-        optimizer = torch.optim.Adam(teacher.parameters(), lr=prokt.LR)
+        optimizer = common.adam(teacher)
         for _ in range(steps):
-            prokt.update(
-                optimizer, prokt.teacher_loss(teacher(images), student_logits, labels, pull)
-            )
-        return prokt.kl_divergence(student_logits, teacher(images)).item()
+            loss = prokt.teacher_loss(teacher(images), student_logits, labels, pull)
+            common.update(optimizer, loss)
+        return common.kl_divergence(student_logits, teacher(images)).item()
 
     assert distance_after(1.0) < distance_after(1.0, steps=0) / 4
     assert distance_after(1.0) < distance_after(0.7) < distance_after(0.35) < distance_after(0.0)
 
 
-def test_the_student_by_wsl_learns_the_teacher_alone_by_its_weights(pair):
+def test_wsl_gives_the_student_the_weighted_soft_gradient_alone(pair):
     teacher, student, images, labels = pair
     student_logits, teacher_logits = (model(images).detach() for model in (student, teacher))
     student_logits.requires_grad_()
     prokt.student_loss(student_logits, teacher_logits, labels, "WSL").backward()
     weight = wsl_terms(student_logits, teacher_logits, labels).weight.unsqueeze(1)
-    wanted = weight * (student_logits.softmax(1) - teacher_logits.softmax(1)) / len(labels)
-    torch.testing.assert_close(student_logits.grad, wanted)
+    expected = weight * (student_logits.softmax(1) - teacher_logits.softmax(1)) / len(labels)
+    torch.testing.assert_close(student_logits.grad, expected)
 
 
 def test_prokt_prints_differences_within_a_seed(printed):
-    found = {name: numbers(printed["prokt"], name)[::2] for name in (*prokt.TEACHERS, "difference")}
-    for kd, wsl, gain, *_ in (found[name] for name in prokt.TEACHERS):
+    rows = (*prokt.TEACHERS, "difference")
+    converged, progressive, differences = (numbers(printed["prokt"], row)[::2] for row in rows)
+    for kd, wsl, gain, *_ in (converged, progressive):
         assert gain == pytest.approx(wsl - kd, abs=0.11)
-    for column, difference in enumerate(found["difference"]):
-        assert difference == pytest.approx(
-            found["progressive"][column] - found["converged"][column], abs=0.11
-        )
+    expected = [new - old for new, old in zip(progressive[:2], converged[:2])]
+    assert differences == pytest.approx(expected, abs=0.11)
 
 
-# DFA ----------------------------------------------------------------------------------------------------------------
+# DFA
 
 
 @pytest.fixture(scope="module")
-def teaching() -> tuple[tuple[Tensor, Tensor], list[Tensor]]:
-    """400 images and labels, and the maps of a teacher that knows their kind."""
+def teaching() -> tuple[common.Examples, list[Tensor]]:
+    """400 examples, and the maps of a trained teacher."""
     torch.manual_seed(0)
-    digits = dfa.load_digits()
-    clean, labels = (
-        torch.tensor(digits.images[:400]).float().unsqueeze(1) / 16,
-        torch.tensor(digits.target[:400]),
-    )
+    images, labels = common.load_examples()
+    clean = common.Examples(images[:400], labels[:400])
     teacher = dfa.Network(dfa.TEACHER, dfa.LAYERS)
-    optimizer = torch.optim.Adam(teacher.parameters(), lr=dfa.LR)
-    for _ in range(12):
-        for batch in torch.randperm(400).split(dfa.BATCH):
-            dfa.update(
-                optimizer, F.cross_entropy(teacher(dfa.distort(clean[batch]))[0], labels[batch])
-            )
-    teacher.eval()
-    images = dfa.distort(clean)
+    common.learn_labels(teacher, clean, 12, common.distort)
+    train = clean._replace(images=common.distort(clean.images))
     with torch.no_grad():
-        maps = teacher(images)[1]
-    return (images, labels), [of / of.std((0, 2, 3, 4), keepdim=True) for of in maps]
+        _, maps = teacher.eval().logits_and_maps(train.images)
+    return train, [group / group.std((0, 2, 3, 4), keepdim=True) for group in maps]
 
 
 def test_aggregation_weights_sum_to_one():
@@ -159,33 +150,43 @@ def test_aggregation_weights_sum_to_one():
 
 @pytest.mark.parametrize("group", [0, 1])
 def test_without_its_second_loss_the_search_goes_to_the_shallow_layer(teaching, group):
-    data, maps = teaching
-    found = {}
+    train, maps = teaching
+    alphas = {}
     for second_loss in (True, False):
         torch.manual_seed(0)
-        found[second_loss] = dfa.search(
-            group, data, maps[group], epochs=30, second_loss=second_loss
-        ).softmax(0)
-    assert found[False].argmax() == 0
-    assert found[True].argmax() == dfa.LAYERS - 1
-    assert found[True][0] < 1 / dfa.LAYERS < found[False][0]
+        beta = dfa.search(group, train, maps[group], epochs=30, second_loss=second_loss)
+        alphas[second_loss] = beta.softmax(0)
+    assert alphas[False].argmax() == 0
+    assert alphas[True].argmax() == dfa.LAYERS - 1
+    assert alphas[True][0] < 1 / dfa.LAYERS < alphas[False][0]
+
+
+def test_misaligning_moves_all_outputs_of_an_image_together():
+    torch.manual_seed(0)
+    logits = torch.arange(10.0).unsqueeze(1)
+    maps = 100 * torch.arange(10.0).view(10, 1, 1, 1, 1)
+    dfa.misalign([logits, maps], 0.4)
+    source = logits.flatten()
+    assert (source != torch.arange(10)).sum() == 4
+    assert source.sort().values.equal(torch.arange(10.0))
+    assert maps.flatten().equal(100 * source)
 
 
 def test_dfa_prints_differences_within_a_seed(printed):
-    found = {name: numbers(printed["dfa"], f"{name}  ")[::2] for name in dfa.ROWS}
-    for _, kd, wsl, gain in found.values():
+    table = {name: numbers(printed["dfa"], f"{name}  ")[::2] for name in dfa.ROWS}
+    for _, kd, wsl, gain in table.values():
         assert gain == pytest.approx(wsl - kd, abs=0.11)
-    difference = numbers(printed["dfa"], "searched, weighted - searched")[::2]
-    wanted = [new - old for new, old in zip(found["searched, weighted"], found["searched"])][:3]
-    assert difference == pytest.approx(wanted, abs=0.11)
+    for new, old in dfa.DIFFERENCES:
+        differences = numbers(printed["dfa"], f"{new} - {old}")[::2]
+        expected = [after - before for after, before in zip(table[new], table[old])][:3]
+        assert differences == pytest.approx(expected, abs=0.11)
     for group in (1, 2):
         for name in dfa.SEARCHES:
-            assert sum(numbers(printed["dfa"], f"group {group}, {name}")[::2]) == pytest.approx(
-                1, abs=0.02
-            )
+            alphas = numbers(printed["dfa"], f"group {group}, {name}")[::2]
+            assert sum(alphas) == pytest.approx(1, abs=0.02)
 
 
-# InfoDrop -----------------------------------------------------------------------------------------------------------
+# InfoDrop
 
 
 def dropping(rate: float = 1.5, temperature: float = 0.5) -> infodrop.InfoDrop:
@@ -195,7 +196,7 @@ def dropping(rate: float = 1.5, temperature: float = 0.5) -> infodrop.InfoDrop:
 def test_the_chance_is_the_formula():
     drop, images = dropping(temperature=0.3), torch.randn(2, 2, 8, 8)
     torch.manual_seed(0)
-    found = drop.chance(images)
+    chance = drop.chance(images)
     torch.manual_seed(0)
     offsets = torch.randint(7, (2, 9)) - 3
     padded = F.pad(images, (4, 4, 4, 4))
@@ -207,8 +208,8 @@ def test_the_chance_is_the_formula():
                 :, :, row + 3 + down : row + 6 + down, column + 3 + right : column + 6 + right
             ]
             distances[:, n, row, column] = (here - there).square().sum((1, 2, 3))
-    wanted = (-distances / distances.mean() / 2).exp().mean(1) ** (1 / 0.3)
-    torch.testing.assert_close(found, wanted / wanted.sum((1, 2), keepdim=True))
+    score = (-distances / distances.mean() / 2).exp().mean(1) ** (1 / 0.3)
+    torch.testing.assert_close(chance, score / score.sum((1, 2), keepdim=True))
 
 
 def test_flat_texture_is_dropped_rather_than_an_edge():
@@ -217,7 +218,7 @@ def test_flat_texture_is_dropped_rather_than_an_edge():
     image = 0.05 * torch.randn(1, 1, 24, 24)
     image[..., 12:] += 1
     chance = torch.stack([drop.chance(image)[0] for _ in range(20)]).mean(0)
-    inside = chance[8:16]  # far from the padding, which makes edges of its own
+    inside = chance[8:16]  # the padding makes edges at the border
     assert inside[:, [6, 17]].mean() > 3 * inside[:, 11:13].mean()
     uniform = infodrop.InfoDrop(nn.Identity(), 3, 1, 0.5, float("inf")).chance(image)
     torch.testing.assert_close(uniform, torch.full_like(uniform, 1 / 24**2))
@@ -232,10 +233,10 @@ def test_draws_follow_the_rate_with_replacement(rate):
     assert mask.shape == (100, 6, 8, 8)
     assert dropped.max() <= draws
     assert dropped.mean() == pytest.approx(64 * (1 - (63 / 64) ** draws), rel=0.03)
-    assert not torch.equal(mask[:, 0], mask[:, 1])  # every channel has draws of its own
+    assert not torch.equal(mask[:, 0], mask[:, 1])  # each channel has its own draws
 
 
-def test_nothing_is_dropped_in_evaluation_and_nothing_is_rescaled():
+def test_evaluation_drops_no_position_and_training_does_not_rescale():
     torch.manual_seed(0)
     drop, images = dropping(), torch.randn(20, 2, 8, 8)
     whole = drop.layer(images)
@@ -265,25 +266,14 @@ def test_shuffling_keeps_the_quarters_and_moves_them():
 
 
 def test_infodrop_prints_differences_within_a_seed(printed):
-    found = {
+    table = {
         (drop, method): numbers(printed["infodrop"], f"{drop:10}{method:10}")
         for drop in infodrop.DROPS
         for method in infodrop.METHODS
     }
-    for (drop, method), (
-        intact,
-        _,
-        gain,
-        _,
-        on_kd,
-        _,
-        shuffled,
-        _,
-        shuffled_gain,
-        _,
-        weight,
-    ) in found.items():
-        assert gain == pytest.approx(intact - found["none", method][0], abs=0.11)
-        assert on_kd == pytest.approx(intact - found[drop, "KD"][0], abs=0.11)
-        assert shuffled_gain == pytest.approx(shuffled - found["none", method][6], abs=0.11)
-        assert 0 < weight < 1
+    for (drop, method), row in table.items():
+        intact, gain, on_kd, shuffled, shuffled_gain = row[:-1:2]
+        assert gain == pytest.approx(intact - table["none", method][0], abs=0.11)
+        assert on_kd == pytest.approx(intact - table[drop, "KD"][0], abs=0.11)
+        assert shuffled_gain == pytest.approx(shuffled - table["none", method][6], abs=0.11)
+        assert 0 < row[-1] < 1

@@ -1,4 +1,4 @@
-"""The ten lines of examples/README.md on Hugging Face causal models, built from configurations, and what they equal."""
+"""The code of examples/README.md for Hugging Face causal models, and the loss that it equals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ transformers = pytest.importorskip(
     "transformers", reason="pip install weighted-soft-labels[frameworks]"
 )
 
-README = (Path(__file__).parents[1] / "examples" / "README.md").read_text()
+PAGE = (Path(__file__).parents[1] / "examples" / "README.md").read_text()
+README = PAGE.partition("## Causal language models")[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -263,17 +263,26 @@ OPTIONS = (
 )
 ARGUMENTS = f"Tensor student, Tensor teacher, Tensor target, bool wanted, {OPTIONS}"
 
-try:
-    _library: Any = torch.library.Library("weighted_soft_labels", "DEF")
-except RuntimeError as error:
-    raise ImportError(
-        "weighted_soft_labels was imported before in this process, and its operators belong to "
-        "that copy. Start a new process, and look for a second copy on sys.path."
-    ) from error
+def _new_library() -> Any:
+    try:
+        return torch.library.Library("weighted_soft_labels", "DEF")  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ImportError(
+            "another copy of weighted_soft_labels was imported in this process and owns its "
+            "operators: start a new process, and look for a second copy on sys.path"
+        ) from error
+
+
+# importlib.reload executes this file in the same namespace, where the operators live on.
+_library: Any = globals().get("_library") or _new_library()
+_defined: set[str] = globals().get("_defined", set())
 
 
 def define(name: str, schema: str, run: Any, fake: Any, autograd: Any) -> None:
     """Register an operator for all devices at once, with its fake form and Autograd kernel."""
+    if name in _defined:
+        return
+    _defined.add(name)
     _library.define(f"{name}({schema}")
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, autograd, "Autograd")

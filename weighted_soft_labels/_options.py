@@ -29,22 +29,24 @@ class Options(NamedTuple):
 
 def check_options(options: Options) -> Options:
     """Return the options as plain numbers. Raises ValueError for one that is out of range."""
-    floats = options[:4]
-    if set(map(type, floats)) != {float} or type(options.ignore_index) is not int:
-        names = Options._fields[:4]
-        floats = [_number(name, value) for name, value in zip(names, floats)]
-        ignore_index = _integer("ignore_index", options.ignore_index)
-        options = Options(*floats, ignore_index, options.reduction)
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
+    floats = type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float
+    if not floats or type(ignore_index) is not int:
+        temperature = _number("temperature", temperature)
+        alpha = _number("alpha", alpha)
+        hard_weight = _number("hard_weight", hard_weight)
+        label_smoothing = _number("label_smoothing", label_smoothing)
+        ignore_index = _integer("ignore_index", ignore_index)
+        options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     in_float32 = (
         1e-37 < temperature < 1e38
         and 0 <= alpha < 1e38
         and 0 <= hard_weight < 1e38
         and alpha * temperature * temperature < 1e38
     )
-    if in_float32 and 0 <= label_smoothing <= 1 and -INT64_MAX <= ignore_index <= INT64_MAX:
-        if reduction in ("mean", "sum", "none"):
-            return options
+    others = 0 <= label_smoothing <= 1 and -INT64_MAX <= ignore_index <= INT64_MAX
+    if in_float32 and others and reduction in ("mean", "sum", "none"):
+        return options
     raise ValueError(_out_of_range(options))
 
 
@@ -200,7 +202,7 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
 
 
 def signed(target: Tensor) -> Tensor:
-    """Return index targets in a dtype that int64 contains: uint64 beyond int64 becomes its maximum."""
+    """Return index targets whose values int64 holds: a larger uint64 becomes the largest int64."""
     if target.dtype != torch.uint64:
         return target
     label = target.long()

@@ -1,280 +1,286 @@
-"""DFA with Weighted Soft Labels: which mix of a teacher's layers a student should learn, found by search.
+"""DFA with Weighted Soft Labels: a search for the mix of teacher layers that the student learns.
 
     pip install "weighted-soft-labels[examples]"
     python dfa.py
 
-From Guan et al., ECCV 2020 (arXiv 2008.00506; no public code): of each group of layers of one size the student learns
-sum_j softmax(beta)_j T_j. beta is searched group by group, bi-level as in DARTS (here first order), by a bridge loss:
-L2 of the student's map to the mix, and cross-entropy of the mix through the rest of the student. Then beta stays, and
-the logit loss, here CE, KD or WSL, joins the L2. In the last row WSL's weight scales the L2, too, image by image.
-Smaller here: 8 x 8 digits, two groups of three layers, each layer's maps divided by their standard deviation.
+DFA is from Guan et al., ECCV 2020 (arXiv 2008.00506; no public code). The teacher's layers form
+groups of one size. For each group the student learns the mix sum_j softmax(beta)_j T_j.
 
-Defaults (5 seeds), AMD EPYC, torch 2.14.1; README.md has the table. Alphas of layers 1, 2, 3: 0.24, 0.27, 0.50 and
-0.29, 0.27, 0.44; without the second loss 0.38, 0.32, 0.31 and 0.40, 0.32, 0.28: it keeps the search from the shallow
-layers. But which mix is learnt does not show: by KD and WSL all rows, that without features included, are at 62.1 to
-62.6 %.
+1. Search: beta is searched group by group. The search is bi-level as in DARTS, but first order. The
+   bridge loss has two parts: L2 from the student's map to the mix, and cross-entropy of the mix
+   through the student's next groups.
+2. Distillation: beta is fixed. The student minimises the logit loss (CE, KD or WSL) plus the L2.
+
+In the row "searched, weighted" WSL's weight of an image also scales the L2 of this image.
+Differences to the paper: 8 x 8 digits, two groups of three layers, and the maps of each layer are
+divided by their standard deviation.
+
+Defaults (5 seeds), AMD EPYC, torch 2.14.1; README.md has the table. The alphas, softmax(beta), of
+layers 1, 2, 3 are:
+
+    bridge loss               group 1              group 2
+    both parts          0.24  0.27  0.50     0.29  0.27  0.44
+    L2 alone            0.38  0.32  0.31     0.40  0.32  0.28
+
+So the second part keeps the search from the shallow layers. But the mix makes no measurable
+difference: all rows of KD and WSL reach 62.1 to 62.6 %, and so do students without features.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 from functools import partial
-from multiprocessing import Pool
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from common import (
+    BATCH,
+    Examples,
+    Measured,
+    Results,
+    accuracy,
+    adam,
+    convolution,
+    difference,
+    distort,
+    draw_split,
+    interval,
+    kl_divergence,
+    learn_labels,
+    make_parser,
+    print_title,
+    run_seeds,
+    update,
+)
 from matplotlib.figure import Figure
-from scipy.stats import t as student_t
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
-from tqdm import tqdm
+from torch.optim import Adam
 
 from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
-TEST_IMAGES, TEST_VERSIONS, NOISE, BATCH = (
-    800,
-    5,
-    0.3,
-    100,
-)  # a test image comes in five draws of shift and noise
-LR, SEARCH_LR, TEMPERATURE, ALPHA, FEATURE_SCALE = 3e-3, 3e-2, 4.0, 2.25, 1.0
-TEACHER, STUDENT, LAYERS = (
-    (16, 32),
-    (8, 16),
-    3,
-)  # channels of the two groups; layers in a group of the teacher
-SEARCHES, METHODS = ("with both losses", "without the second"), ("CE", "KD", "WSL")
-ROWS = ("logits only", "last layer", "average", "searched", REUSED := "searched, weighted")
+TEST_VERSIONS = 5
+SEARCH_LR = 3e-2
+TEMPERATURE = 4.0
+ALPHA = 2.25
+TEACHER = (16, 32)  # channels of the two groups
+STUDENT = (8, 16)
+LAYERS = 3  # per group of the teacher; the student has one
+METHODS = ("CE", "KD", "WSL")
+SEARCHES = {"with both losses": True, "without the second": False}
+ROWS = ("logits only", "last layer", "average", "searched", "searched, weighted")
+DIFFERENCES = (
+    ("searched", "logits only"),
+    ("searched", "last layer"),
+    ("searched", "average"),
+    ("searched, weighted", "searched"),
+)
 
 
 class Network(nn.Module):
-    """Groups of convolutions, the second at half the size, and a linear head. The student has one layer a group."""
+    """Groups of convolutions and a linear head. The second group has half the height and width."""
 
     def __init__(self, channels: tuple[int, int], layers: int) -> None:
         super().__init__()
-        self.groups, before = nn.ModuleList(), 1
+        self.groups = nn.ModuleList()
+        inputs = 1
         for stride, width in enumerate(channels, start=1):
-            sizes = [(before, stride)] + [(width, 1)] * (layers - 1)
-            convolutions = [
-                nn.Conv2d(n, width, 3, step, padding=1, bias=False) for n, step in sizes
-            ]
-            self.groups.append(
-                nn.ModuleList(
-                    nn.Sequential(c, nn.BatchNorm2d(width), nn.ReLU()) for c in convolutions
-                )
-            )
-            before = width
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(before * 4 * 4, 10))
+            group = nn.ModuleList([convolution(inputs, width, stride, bias=False)])
+            for _ in range(layers - 1):
+                group.append(convolution(width, width, bias=False))
+            self.groups.append(group)
+            inputs = width
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(inputs * 4 * 4, 10))
 
-    def forward(self, x: Tensor, start: int = 0) -> tuple[Tensor, list[Tensor]]:
-        """From group `start` on: logits (B, 10), and of each group its layers' maps (B, layers, channels, H, W)."""
-        maps = [
-            torch.stack([x := layer(x) for layer in group], dim=1) for group in self.groups[start:]
-        ]
+    def forward(self, x: Tensor, start: int = 0) -> Tensor:
+        """Logits (B, 10) of an input to group `start`."""
+        return self.logits_and_maps(x, start)[0]
+
+    def logits_and_maps(self, x: Tensor, start: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """Logits, and for each group the maps of its layers, (B, layers, channels, H, W)."""
+        maps = []
+        for group in self.groups[start:]:
+            layers = []
+            for layer in group:
+                x = layer(x)
+                layers.append(x)
+            maps.append(torch.stack(layers, dim=1))
         return self.head(x), maps
 
 
 def aggregate(maps: Tensor, beta: Tensor) -> Tensor:
-    """Maps (B, layers, channels, H, W) mixed by softmax(beta), beta (layers,)."""
+    """Mixes maps (B, layers, channels, H, W) by softmax(beta), with beta of shape (layers,)."""
     return torch.einsum("l,blchw->bchw", beta.softmax(0), maps)
 
 
 def search(
-    group: int, data: tuple[Tensor, ...], maps: Tensor, epochs: int, second_loss: bool = True
+    group: int, train: Examples, maps: Tensor, epochs: int, second_loss: bool = True
 ) -> Tensor:
-    """Beta (layers,) of one group by the teacher's maps of it, (N, layers, channels, H, W), images and labels."""
+    """Searches beta (layers,) of one group. `maps` are the teacher's, for all training images."""
     student = Network(STUDENT, 1)
-    to_teacher, to_student = (
-        nn.Conv2d(STUDENT[group], TEACHER[group], 1),
-        nn.Conv2d(TEACHER[group], STUDENT[group], 1),
-    )
+    to_teacher = nn.Conv2d(STUDENT[group], TEACHER[group], 1)
+    to_student = nn.Conv2d(TEACHER[group], STUDENT[group], 1)
     beta = torch.zeros(maps.shape[1], requires_grad=True)
-    trained = nn.ModuleList([student, to_teacher, to_student]).parameters()
-    optimizer, beta_optimizer = Adam(trained, lr=LR, fused=True), Adam([beta], lr=SEARCH_LR)
+    optimizer = adam(nn.ModuleList([student, to_teacher, to_student]))
+    beta_optimizer = Adam([beta], lr=SEARCH_LR)
 
     def bridge_loss(batch: Tensor) -> Tensor:
-        images, labels = (of[batch] for of in data)
-        aggregated = aggregate(maps[batch], beta)
-        loss = F.mse_loss(to_teacher(student(images)[1][group][:, -1]), aggregated)
+        mix = aggregate(maps[batch], beta)
+        _, student_maps = student.logits_and_maps(train.images[batch])
+        loss = F.mse_loss(to_teacher(student_maps[group][:, -1]), mix)
         if second_loss:
-            loss = loss + F.cross_entropy(student(to_student(aggregated), group + 1)[0], labels)
+            logits = student(to_student(mix), start=group + 1)
+            loss = loss + F.cross_entropy(logits, train.labels[batch])
         return loss
 
-    halves = torch.randperm(len(maps)).chunk(
-        2
-    )  # bi-level: the weights learn from one, beta from the other
+    # Bi-level: the student's weights learn from one half of the images, beta from the other.
+    weights_half, beta_half = torch.randperm(len(maps)).chunk(2)
     for _ in range(epochs):
-        for batch, held_out in zip(
-            *(half[torch.randperm(len(half))].split(BATCH) for half in halves)
-        ):
-            update(beta_optimizer, bridge_loss(held_out))
-            update(optimizer, bridge_loss(batch))
+        weights_batches = shuffle(weights_half).split(BATCH)
+        beta_batches = shuffle(beta_half).split(BATCH)
+        for weights_batch, beta_batch in zip(weights_batches, beta_batches):
+            update(beta_optimizer, bridge_loss(beta_batch))
+            update(optimizer, bridge_loss(weights_batch))
     return beta.detach()
 
 
+def shuffle(indices: Tensor) -> Tensor:
+    return indices[torch.randperm(len(indices))]
+
+
+def logit_loss(logits: Tensor, teacher_logits: Tensor, labels: Tensor, method: str) -> Tensor:
+    if method == "WSL":
+        return wsl_loss(logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA)
+    hard = F.cross_entropy(logits, labels)
+    if method == "CE":
+        return hard
+    return hard + ALPHA * kl_divergence(teacher_logits, logits, TEMPERATURE)
+
+
 def distil(
-    data: tuple[Tensor, ...], targets: list[Tensor], method: str, weighted: bool, epochs: int
+    train: Examples,
+    teacher_logits: Tensor,
+    mixes: list[Tensor],
+    method: str,
+    weighted: bool,
+    epochs: int,
 ) -> Network:
-    """A student of the images, labels and teacher logits in `data`, and of one aggregated map a group in `targets`."""
+    """Trains a student. `mixes` has one aggregated map per group, or is empty."""
     student = Network(STUDENT, 1)
     connectors = nn.ModuleList(nn.Conv2d(ours, theirs, 1) for ours, theirs in zip(STUDENT, TEACHER))
-    optimizer = Adam(nn.ModuleList([student, connectors]).parameters(), lr=LR, fused=True)
+    optimizer = adam(nn.ModuleList([student, connectors]))
     for _ in range(epochs):
-        for batch in torch.randperm(len(data[0])).split(BATCH):
-            images, labels, teacher_logits = (of[batch] for of in data)
-            logits, maps = student(images)
-            if method == "WSL":
-                loss = wsl_loss(
-                    logits, teacher_logits, labels, temperature=TEMPERATURE, alpha=ALPHA
-                )
-            else:
-                ours, theirs = (
-                    F.log_softmax(x / TEMPERATURE, dim=1) for x in (logits, teacher_logits)
-                )
-                soft = TEMPERATURE**2 * F.kl_div(
-                    ours, theirs, reduction="batchmean", log_target=True
-                )
-                loss = F.cross_entropy(logits, labels) + (ALPHA * soft if method == "KD" else 0)
-            weight = (
-                wsl_terms(logits, teacher_logits, labels).weight
-                if weighted
-                else torch.ones(len(batch))
-            )
-            for connector, of, target in zip(connectors, maps, targets):
-                error = F.mse_loss(connector(of[:, -1]), target[batch], reduction="none").mean(
-                    (1, 2, 3)
-                )
-                loss = loss + FEATURE_SCALE * (weight * error).mean()
+        for batch in torch.randperm(len(train.images)).split(BATCH):
+            labels = train.labels[batch]
+            logits, maps = student.logits_and_maps(train.images[batch])
+            loss = logit_loss(logits, teacher_logits[batch], labels, method)
+            weight = torch.ones(len(batch))
+            if weighted:
+                weight = wsl_terms(logits, teacher_logits[batch], labels).weight
+            for connector, group, mix in zip(connectors, maps, mixes):
+                error = F.mse_loss(connector(group[:, -1]), mix[batch], reduction="none")
+                loss = loss + (weight * error.mean((1, 2, 3))).mean()
             update(optimizer, loss)
-    return student.eval()
+    return student
 
 
-def update(optimizer: Optimizer, loss: Tensor) -> None:
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-
-
-def distort(images: Tensor) -> Tensor:
-    """Every image (N, 1, 8, 8) shifted by up to one pixel in each direction, plus noise."""
-    windows, n = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1), len(images)
-    shifted = windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
-    return shifted + NOISE * torch.randn_like(shifted)
-
-
-def run_seed(seed: int, epochs: int, misaligned: float) -> tuple[Tensor, Tensor]:
-    """Accuracies (rows, methods) in percent; softmax(beta) (with and without the second loss, groups, layers)."""
-    torch.set_num_threads(1)  # the seeds share the cores
+def run_seed(seed: int, epochs: int, misaligned: float) -> Measured:
     torch.manual_seed(seed)
-    digits = load_digits()
-    clean, labels = (
-        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
-        torch.tensor(digits.target),
-    )
-    test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
-    test = test.repeat(TEST_VERSIONS)
-    test_images, images, test_labels, labels = (
-        distort(clean[test]),
-        distort(clean[train]),
-        labels[test],
-        labels[train],
-    )
+    clean, test = draw_split(TEST_VERSIONS)
+    test = test._replace(images=distort(test.images))
+    # Distorted only once for the students, so that they overfit and soft labels help.
+    train = clean._replace(images=distort(clean.images))
+    # Distorted in each epoch for the teacher, so that it does not memorise the students' images.
     teacher = Network(TEACHER, LAYERS)
-    optimizer = Adam(teacher.parameters(), lr=LR, fused=True)
-    for _ in range(
-        epochs
-    ):  # on images distorted anew, so that it does not know the student's by heart
-        for batch in torch.randperm(len(train)).split(BATCH):
-            update(
-                optimizer, F.cross_entropy(teacher(distort(clean[train[batch]]))[0], labels[batch])
-            )
+    learn_labels(teacher, clean, epochs, distort)
     with torch.no_grad():
-        logits, maps = teacher.eval()(images)
-    drawn = torch.randperm(len(images))[: int(misaligned * len(images))]
-    maps = [
-        of / of.std((0, 2, 3, 4), keepdim=True) for of in maps
-    ]  # or the search would like small values best
-    for cached in (logits, *maps):
-        cached[drawn] = cached[drawn.roll(1)]
-    data = images, labels, logits
-    betas = torch.stack(
-        [search(g, data[:2], maps[g], epochs, second) for second in (True, False) for g in (0, 1)]
-    )
-    last_layer = torch.tensor([-math.inf] * (LAYERS - 1) + [0.0]).expand(2, -1)
-    accuracies = torch.zeros(len(ROWS), len(METHODS))
-    for row, mixes in enumerate(([], last_layer, torch.zeros(2, LAYERS), betas[:2], betas[:2])):
-        targets = [aggregate(of, beta) for of, beta in zip(maps, mixes)]
-        for column, method in enumerate(METHODS):
-            torch.manual_seed(seed)  # the same first weights and batches
-            student = distil(data, targets, method, ROWS[row] == REUSED, epochs)
-            with torch.inference_mode():
-                accuracies[row, column] = (
-                    100 * (student(test_images)[0].argmax(1) == test_labels).float().mean()
-                )
-    return accuracies, betas.softmax(-1).view(2, 2, LAYERS)
+        teacher_logits, maps = teacher.eval().logits_and_maps(train.images)
+    # Without the division the search would prefer the layer with the smallest values.
+    maps = [group / group.std((0, 2, 3, 4), keepdim=True) for group in maps]
+    misalign([teacher_logits, *maps], misaligned)
+
+    betas = {}
+    results: Measured = {}
+    for name, second_loss in SEARCHES.items():
+        betas[name] = [search(g, train, maps[g], epochs, second_loss) for g in (0, 1)]
+        for group, beta in enumerate(betas[name]):
+            results["alpha", name, f"group {group + 1}"] = beta.softmax(0).tolist()
+
+    last_layer = torch.tensor([-math.inf] * (LAYERS - 1) + [0.0])
+    beta_of = {
+        "logits only": [],
+        "last layer": [last_layer, last_layer],
+        "average": [torch.zeros(LAYERS), torch.zeros(LAYERS)],
+        "searched": betas["with both losses"],
+        "searched, weighted": betas["with both losses"],
+    }
+    for row in ROWS:
+        mixes = [aggregate(group, beta) for group, beta in zip(maps, beta_of[row])]
+        for method in METHODS:
+            torch.manual_seed(seed)  # the same first weights and batches for each student
+            weighted = row == "searched, weighted"
+            student = distil(train, teacher_logits, mixes, method, weighted, epochs)
+            results[row, method] = accuracy(student, test)
+    return results
 
 
-def cells(values: Tensor, form: str) -> str:
-    """Of values (seeds, n), n means over the seeds and half the widths of their 95 % intervals, by Student's t."""
-    halves = student_t.ppf(0.975, len(values) - 1) * values.std(0) / math.sqrt(len(values))
-    return "".join(
-        f"{mean:{form}} +- {half:{form[-3:]}}".rjust(14)
-        for mean, half in zip(values.mean(0), halves)
-    )
+def misalign(outputs: list[Tensor], share: float) -> None:
+    """In place: a share of the images gets the teacher outputs of another image."""
+    n = len(outputs[0])
+    drawn = torch.randperm(n)[: int(share * n)]
+    for output in outputs:
+        output[drawn] = output[drawn.roll(1)]
+
+
+def print_accuracies(results: Results) -> None:
+    print_title(len(results["logits only", "CE"]))
+    print()
+    print(f"{'features':31}" + "".join(f"{name:>14}" for name in (*METHODS, "WSL - KD")))
+    for row in ROWS:
+        cells = "".join(interval(results[row, method]) for method in METHODS)
+        print(f"{row:31}" + cells + difference(results[row, "WSL"], results[row, "KD"]))
+    for new, old in DIFFERENCES:
+        cells = "".join(
+            difference(results[new, method], results[old, method]) for method in METHODS
+        )
+        print(f"{new + ' - ' + old:31}" + cells)
+
+
+def print_alphas(results: Results) -> None:
+    print("\nalpha of layers 1, 2, 3")
+    for group in ("group 1", "group 2"):
+        for name in SEARCHES:
+            layers = results["alpha", name, group].T
+            print(f"{group}, {name:22}" + "".join(interval(layer, ".2f") for layer in layers))
+
+
+def save_figure(results: Results, path: Path) -> None:
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    for group, axes in zip(("group 1", "group 2"), figure.subplots(1, 2, sharey=True)):
+        for name in SEARCHES:
+            alphas = results["alpha", name, group].mean(0)
+            axes.plot(range(1, LAYERS + 1), alphas, "o-", label=name)
+        axes.set(title=group, xlabel="layer of the teacher", ylabel="alpha, mean of the seeds")
+        axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    print(f"\nFigure: {path}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seeds", type=int, default=5, help="at least 2, for the intervals (5)")
-    parser.add_argument(
-        "--epochs", type=int, default=20, help="of every network and of the search (20)"
-    )
+    parser = make_parser(__doc__, seeds=5, epochs=20, figure="dfa.png")
     parser.add_argument(
         "--misaligned",
         type=float,
         default=0.0,
-        help="share of the images with another one's teacher outputs (0)",
-    )
-    parser.add_argument(
-        "--figure", type=Path, default=Path("dfa.png"), help="where to save the alphas (dfa.png)"
+        help="share of the images with another image's teacher outputs (0)",
     )
     args = parser.parse_args()
-    with Pool(2) as pool:  # one seed a core
-        runs = pool.imap(
-            partial(run_seed, epochs=args.epochs, misaligned=args.misaligned), range(args.seeds)
-        )
-        accuracies, alphas = map(torch.stack, zip(*tqdm(runs, total=args.seeds, unit="seed")))
-    print(
-        f"\nTest accuracy in %, mean and 95 % interval over {args.seeds} seeds; differences within a seed\n"
-    )
-    print(f"{'features':31}" + "".join(f"{name:>14}" for name in (*METHODS, "WSL - KD")))
-    for name, of in zip(ROWS, accuracies.unbind(1)):
-        print(f"{name:31}" + cells(of, ".1f") + cells(of[:, 2:] - of[:, 1:2], "+.1f"))
-    for new, old in ((3, 0), (3, 1), (3, 2), (4, 3)):
-        print(
-            f"{ROWS[new] + ' - ' + ROWS[old]:31}"
-            + cells(accuracies[:, new] - accuracies[:, old], "+.1f")
-        )
-    print("\nalpha of layers 1, 2, 3")
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    for group, axes in enumerate(figure.subplots(1, 2, sharey=True)):
-        for name, of in zip(SEARCHES, alphas[:, :, group].unbind(1)):
-            print(f"group {group + 1}, {name:22}" + cells(of, ".2f"))
-            axes.plot(range(1, LAYERS + 1), of.mean(0), "o-", label=name)
-        axes.set(
-            title=f"group {group + 1}",
-            xlabel="layer of the teacher",
-            ylabel="alpha, mean of the seeds",
-        )
-        axes.legend(fontsize=8)
-    figure.savefig(args.figure, dpi=110)
-    print(f"\nFigure: {args.figure}")
+    run = partial(run_seed, epochs=args.epochs, misaligned=args.misaligned)
+    results = run_seeds(run, args.seeds)
+    print_accuracies(results)
+    print_alphas(results)
+    save_figure(results, args.figure)
 
 
 if __name__ == "__main__":

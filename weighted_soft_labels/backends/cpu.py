@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from weighted_soft_labels._options import Options
-from weighted_soft_labels import _rows as cpu_kernel
-from weighted_soft_labels.backends import eager
+from weighted_soft_labels.backends import cpu_kernel, eager
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu_kernel.c
 NO_TENSOR = (0, (0, 0, 0), 0)
@@ -49,7 +48,6 @@ def run(
         target.data_ptr(),
         rows.data_ptr(),
         0 if loss is rows else loss.data_ptr(),
-        0,
         options,
     )
     if non_finite:

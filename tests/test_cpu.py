@@ -13,13 +13,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from weighted_soft_labels import _eager, reference
-from weighted_soft_labels.loss import Options
+from weighted_soft_labels import reference
+from weighted_soft_labels._options import Options
+from weighted_soft_labels.backends import eager
 
-if find_spec("weighted_soft_labels._rows") is None:
+if find_spec("weighted_soft_labels.backends.cpu_kernel") is None:
     pytest.skip("the extension module is not built, and _eager does all", allow_module_level=True)
 
-from weighted_soft_labels import _native
+from weighted_soft_labels.backends import cpu
 
 INF, NAN = math.inf, math.nan
 GUARD = 7.0
@@ -107,7 +108,7 @@ def test_any_problem_in_any_layout_is_as_the_reference(layout, dtype):
         gradient, memory = laid_out(
             torch.full(shape, NAN, dtype=dtype), layout if seed % 5 else others[layout]
         )
-        loss = _native.forward(student, teacher, target, options, None)
+        loss = cpu.run(student, teacher, target, options, None)
         _native.backward(student, teacher, target, upstream, options, gradient)
 
         context = (seed, shape, options)
@@ -143,7 +144,7 @@ def rows_of(logits):
 
 def step(student, teacher, target, options):
     gradient = torch.empty_like(student)
-    return _native.forward(student, teacher, target, options, gradient), gradient
+    return cpu.run(student, teacher, target, options, gradient), gradient
 
 
 @pytest.mark.parametrize("layout", ["rows", "pixels"])
@@ -167,7 +168,7 @@ def test_same_bits_for_any_number_of_threads(layout):
 
 
 def test_threads_are_lent_by_torch():
-    assert bool(_native._PARALLEL_FOR) == (torch.__version__ >= (2, 10))
+    assert bool(cpu.PARALLEL_FOR) == (torch.__version__ >= (2, 10))
 
 
 def test_one_odd_row_costs_its_neighbours_nothing():
@@ -187,7 +188,7 @@ def test_one_odd_row_costs_its_neighbours_nothing():
         others = torch.arange(40) != 17
         assert torch.equal(odd_loss[:, others], loss[:, others])
         assert torch.equal(odd_gradient[..., others], gradient[..., others])
-        expected = _eager.forward(changed, teacher, target, each, None)
+        expected = eager.run(changed, teacher, target, each, None)
         assert torch.equal(odd_loss[0, 17], expected[0, 17]) or expected[0, 17].isnan()
         assert math.isnan(step(changed, teacher, target, options)[0]) == bool(
             expected.isnan().any()
@@ -202,7 +203,7 @@ def test_many_classes_lose_no_digits(temperature):
     loss, gradient = step(student, teacher, target, options)
     terms = _native.terms(student, teacher, target, options).double()
     exact = torch.empty_like(student, dtype=torch.float64)
-    exact_loss = _eager.forward(student.double(), teacher.double(), target, options, exact)
+    exact_loss = eager.run(student.double(), teacher.double(), target, options, exact)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=3e-7, atol=0)
     torch.testing.assert_close(gradient.double(), exact, rtol=1e-6, atol=5e-11)
     exact_terms = _eager.terms(student.double(), teacher.double(), target, options)
@@ -228,12 +229,12 @@ def test_misaligned_and_expanded_inputs():
     ):
         copied = [x.contiguous().t()[None] for x in (expanded, plain[1])]
         gradient = torch.empty(1, 21, 6)
-        loss = _native.forward(
+        loss = cpu.run(
             expanded.t()[None], copied[1], target[:1].expand(1, 6), Options(), gradient
         )
         other = torch.empty(1, 21, 6)
         torch.testing.assert_close(
-            loss, _native.forward(*copied, target[:1].expand(1, 6), Options(), other)
+            loss, cpu.run(*copied, target[:1].expand(1, 6), Options(), other)
         )
         torch.testing.assert_close(gradient, other)
 
@@ -244,7 +245,7 @@ def test_an_index_that_names_no_class_is_an_error_before_anything_is_written():
         with pytest.raises(
             IndexError, match=rf"class indices in \[0, 5\) or ignore_index \(-100\), got {wrong}"
         ):
-            _native.forward(student, student, torch.tensor([[1, wrong, -100]]), Options(), gradient)
+            cpu.run(student, student, torch.tensor([[1, wrong, -100]]), Options(), gradient)
     assert (gradient == GUARD).all()
 
 
@@ -265,14 +266,14 @@ def test_forked_children_go_on(before, threads, rows):
     """As after torch.softmax: a child may use threads if its parent had not yet, and one thread in any case."""
     code = f"""
 import os, torch
-from weighted_soft_labels import _native
+from weighted_soft_labels.backends import cpu
 from weighted_soft_labels.loss import Options
 torch.set_num_threads(1)
 student, teacher = (torch.randn(1, {rows}, 100).transpose(1, 2) for _ in range(2))
 target = torch.arange({rows})[None] % 100
 gradient = torch.empty_like(student)
 def run():
-    return _native.forward(student, teacher, target, Options(), gradient), gradient.clone()
+    return cpu.run(student, teacher, target, Options(), gradient), gradient.clone()
 expected = run()
 torch.set_num_threads({threads})
 if {before}:
