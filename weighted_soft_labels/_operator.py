@@ -39,7 +39,7 @@ def distill(
     # Detached, so that the loss does not keep the graphs of teacher and target alive.
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
-    if not group and _unobserved(student, teacher, target):
+    if not group and unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
         if student.requires_grad and torch.is_grad_enabled():
             loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
@@ -58,7 +58,7 @@ _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PYTHON, _PRE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch
 
 
-def _unobserved(*tensors: Tensor) -> bool:
+def unobserved(*tensors: Tensor) -> bool:
     """Return whether no compiler, transform or tensor subclass intercepts operators.
 
     Then `distill` skips the dispatcher, which takes about 12 us a step.
