@@ -1,14 +1,17 @@
-"""From hidden states to the loss: the gradients of input, weight and bias against those of the reference in float64."""
+"""Hidden states to loss: gradients against those of the reference in float64."""
 
 from __future__ import annotations
 
 import re
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity
 
 from weighted_soft_labels import backends, linear, reference
 from weighted_soft_labels.linear import linear_wsl_loss
@@ -34,8 +37,16 @@ def problem(dtype=torch.float32, bias=True, rows=ROWS):
     return tensors | {"target": target}
 
 
+def capped(logits, scale, cap):
+    return logits * scale if cap is None else cap * torch.tanh(logits * scale / cap)
+
+
 def exact(tensors, upstream=1.0, **options):
     """Loss and gradients of linear layers and the reference in float64, on the same numbers."""
+    scales, caps = (
+        [options.pop(f"{model}_{name}", default) for model in ("student", "teacher")]
+        for name, default in (("logit_scale", 1.0), ("softcap", None))
+    )
     leaf = {
         name: x.detach().double().requires_grad_() for name, x in tensors.items() if name in NAMES
     }
@@ -48,12 +59,13 @@ def exact(tensors, upstream=1.0, **options):
     teacher = F.linear(
         every.teacher_input, every.teacher_weight, getattr(every, "teacher_bias", None)
     )
+    student, teacher = capped(student, scales[0], caps[0]), capped(teacher, scales[1], caps[1])
     value = reference.wsl_loss(student, teacher, every.target, **options)
     (value * upstream).sum().backward()
     return value.detach(), {name: x.grad for name, x in leaf.items()}
 
 
-def found(tensors, upstream=1.0, function=linear_wsl_loss, **options):
+def computed(tensors, upstream=1.0, function=linear_wsl_loss, **options):
     leaf = {
         name: x.detach().clone().requires_grad_() for name, x in tensors.items() if name in NAMES
     }
@@ -63,7 +75,7 @@ def found(tensors, upstream=1.0, function=linear_wsl_loss, **options):
 
 
 def assert_close(result, expected, dtype=torch.float32):
-    """To what float32 costs, by the largest entry of each tensor, and the rounding of the result to its dtype."""
+    """Within what float32 costs, by the largest entry, and rounding to the result's dtype."""
     budget = 1e-12 if dtype == torch.float64 else 5e-6
     torch.testing.assert_close(
         result[0].double(), expected[0], rtol=budget, atol=budget, equal_nan=True
@@ -85,6 +97,10 @@ OPTIONS = [
     {"alpha": 0.0, "label_smoothing": 0.1},
     {"reduction": "sum", "ignore_index": 7},
     {"reduction": "none", "label_smoothing": 1.0},
+    {"student_logit_scale": 0.5, "teacher_logit_scale": 3.0, "reduction": "sum"},
+    {"student_softcap": 3.0, "student_logit_scale": 2.0},
+    {"student_softcap": 2.0, "teacher_softcap": 4.0, "teacher_logit_scale": 0.3, "alpha": 0.5},
+    {"student_softcap": 30, "teacher_softcap": 1.5, "reduction": "none"},
 ]
 
 
@@ -99,7 +115,7 @@ def test_every_option_and_dtype(dtype, options, bias, monkeypatch):
     upstream = torch.rand(ROWS) if options.get("reduction") == "none" else 3.0
     expected = exact(tensors, upstream, **options)
     for chunk_size in (1, 5, 100, None):
-        result = found(tensors, upstream, **options, chunk_size=chunk_size)
+        result = computed(tensors, upstream, **options, chunk_size=chunk_size)
         assert_close(result, expected, dtype)
         assert result[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -110,14 +126,14 @@ def test_inputs_of_any_shape():
     many = tensors | {
         name: tensors[name].unsqueeze(1) for name in ("student_input", "teacher_input", "target")
     }
-    value, gradients = found(many, reduction="none")
+    value, gradients = computed(many, reduction="none")
     assert value.shape == (ROWS, 1)
     assert gradients["student_input"].shape == (ROWS, 1, WIDTH)
     assert_close(
         (value[:, 0], gradients | {"student_input": gradients["student_input"][:, 0]}), expected
     )
     one = {name: tensors[name][0] for name in ("student_input", "teacher_input", "target")}
-    assert found(tensors | one)[1]["student_input"].shape == (WIDTH,)
+    assert computed(tensors | one)[1]["student_input"].shape == (WIDTH,)
 
 
 @pytest.mark.parametrize("frozen", NAMES)
@@ -149,7 +165,7 @@ def test_teacher_gets_neither_graph_nor_gradient():
         name: x.requires_grad_() for name, x in tensors.items() if name.startswith("teacher")
     }
     assert not linear_wsl_loss(**tensors).requires_grad
-    found(tensors)
+    computed(tensors)
     assert all(x.grad is None for x in teacher.values())
 
 
@@ -159,7 +175,7 @@ def test_nothing_to_learn_from_is_still_connected(reduction, rows):
     tensors = problem(rows=rows)
     tensors["target"][:] = -100
     tensors["student_input"][:] = torch.nan  # as padding may be
-    value, gradients = found(tensors, reduction=reduction)
+    value, gradients = computed(tensors, reduction=reduction)
     assert value.isnan().all() if reduction == "mean" else value.eq(0).all()
     assert all(gradient.eq(0).all() for gradient in gradients.values())
 
@@ -169,7 +185,7 @@ def test_ignored_rows_may_hold_nan():
     expected = exact(tensors)
     for name in ("student_input", "teacher_input"):
         tensors[name][3:5] = torch.nan
-    assert_close(found(tensors), expected)
+    assert_close(computed(tensors), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -179,7 +195,7 @@ def test_a_row_done_again_finds_its_logits_where_gradients_are_written(reduction
     tensors["student_weight"][7, 0] = -1e38  # whose logit is -inf in some rows of the student's
     tensors["student_input"][:, 0] = torch.tensor([1.0, 10.0, 1.0]).repeat(ROWS)[:ROWS]
     tensors["target"][tensors["target"] == 7] = 8
-    assert_close(found(tensors, reduction=reduction), exact(tensors, reduction=reduction))
+    assert_close(computed(tensors, reduction=reduction), exact(tensors, reduction=reduction))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -204,7 +220,7 @@ def test_half_precision_survives_a_gradient_scaler():
     tensors["student_input"] *= 1e-3
     tensors["teacher_input"] *= 1e-3
     _, expected = exact(tensors)
-    _, gradients = found(tensors, 65536.0)
+    _, gradients = computed(tensors, 65536.0)
     error = (gradients["student_input"].double() / 65536 - expected["student_input"]).abs()
     exact_gradient = expected["student_input"].abs()
     assert (
@@ -223,7 +239,7 @@ def test_compiled_and_eager_with_a_teacher_of_inference_mode(function, reduction
     expected = exact(tensors, upstream, reduction=reduction)
     with torch.inference_mode():
         tensors |= {name: tensors[name] * 1 for name in ("teacher_input", "target")}
-    assert_close(found(tensors, upstream, function, reduction=reduction), expected)
+    assert_close(computed(tensors, upstream, function, reduction=reduction), expected)
 
 
 def test_autocast_is_the_same_eager_and_compiled():
@@ -233,16 +249,60 @@ def test_autocast_is_the_same_eager_and_compiled():
     value, expected = exact(rounded)
     for function in (linear_wsl_loss, torch.compile(linear_wsl_loss, fullgraph=True)):
         with torch.autocast("cpu", torch.bfloat16):
-            result = found(tensors, function=function)
+            result = computed(tensors, function=function)
         assert_close(result, (value, expected))
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            assert_close(found(tensors, function=function), exact(tensors))
+            assert_close(computed(tensors, function=function), exact(tensors))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta_and_fake_tensors_have_shapes_and_gradients(reduction):
+    tensors = problem()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(x) for name, x in tensors.items()}
+    for inputs in ({name: x.to("meta") for name, x in tensors.items()}, fake):
+        value, gradients = computed(inputs, reduction=reduction, student_softcap=3.0)
+        assert value.shape == (() if reduction == "mean" else (ROWS,))
+        assert {name: x.shape for name, x in gradients.items()} == {
+            name: tensors[name].shape for name in NAMES
+        }
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_inputs_that_change_before_backward_change_nothing(compiled):
+    torch._dynamo.reset()
+    function = torch.compile(linear_wsl_loss, fullgraph=True) if compiled else linear_wsl_loss
+    tensors = problem()
+    for reduction in ("mean", "none"):
+        _, expected = exact(tensors, reduction=reduction)
+        leaf = {name: tensors[name].clone().requires_grad_() for name in NAMES}
+        inputs = {name: x.clone() for name, x in tensors.items()} | leaf
+        value = function(**inputs, reduction=reduction).sum()
+        with torch.no_grad():
+            for x in inputs.values():
+                x.zero_()
+        value.backward()
+        gradients = {name: x.grad for name, x in leaf.items()}
+        assert_close((value.detach(), gradients), (value.double(), expected))
+
+
+def test_peak_memory_is_the_gradients_and_one_chunk():
+    x, weight = torch.randn(512, 64), torch.randn(8000, 64)
+    target = torch.zeros(512, dtype=torch.long)
+    leaf = x.requires_grad_(), weight.requires_grad_()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        linear_wsl_loss(*leaf, x.detach(), weight.detach(), target, chunk_size=32).backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in events))
+    gradients, chunk = 4 * (x.numel() + weight.numel()), 4 * 2 * 32 * 8000
+    assert gradients + chunk <= peak < gradients + 1.05 * chunk
 
 
 def test_mixed_dtypes_of_student_and_teacher():
     tensors = problem(torch.bfloat16)
     tensors |= {name: x.double() for name, x in tensors.items() if name.startswith("teacher")}
-    value, gradients = found(tensors)
+    value, gradients = computed(tensors)
     assert value.dtype == torch.float64
     assert_close((value, gradients), exact(tensors), torch.bfloat16)
 
@@ -303,22 +363,58 @@ def test_accumulation_over_a_global_token_count():
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"student_input": torch.zeros(ROWS, 9)}, ValueError, "(..., H), (C, H) and (C,), got ((13, 9), (50, 8)"),
+        (
+            {"student_input": torch.zeros(ROWS, 9)},
+            ValueError,
+            "(..., H), (C, H) and (C,), got ((13, 9), (50, 8)",
+        ),
         ({"student_bias": torch.zeros(9)}, ValueError, "student_input, _weight and _bias must be"),
-        ({"teacher_weight": torch.zeros(64, 6), "teacher_bias": None}, ValueError, "50 and 64: slice the one"),
-        ({"student_weight": torch.zeros(0)}, ValueError, "student_weight has no elements, shape (0,): if ZeRO or FSDP"),
-        ({"student_input": torch.zeros(ROWS, 8).bfloat16()}, TypeError, "same dtype, got torch.bfloat16 and"),
+        (
+            {"teacher_weight": torch.zeros(64, 6), "teacher_bias": None},
+            ValueError,
+            "50 and 64: slice the one",
+        ),
+        (
+            {"student_weight": torch.zeros(0)},
+            ValueError,
+            "student_weight has no elements, shape (0,): if ZeRO or FSDP",
+        ),
+        (
+            {"student_input": torch.zeros(ROWS, 8).bfloat16()},
+            TypeError,
+            "same dtype, got torch.bfloat16 and",
+        ),
         ({"student_input": None}, TypeError, "student_input must be a Tensor, got NoneType"),
-        ({"teacher_weight": torch.zeros(50, 6).long()}, TypeError, "teacher_input and teacher_weight must have the same"),
-        ({"teacher_weight": torch.zeros(50, 6, device="meta")}, ValueError, "of teacher_input, cpu, got meta"),
+        (
+            {"teacher_weight": torch.zeros(50, 6).long()},
+            TypeError,
+            "teacher_input and teacher_weight must have the same",
+        ),
+        (
+            {"teacher_weight": torch.zeros(50, 6, device="meta")},
+            ValueError,
+            "of teacher_input, cpu, got meta",
+        ),
         ({"teacher_input": torch.zeros(12, 6)}, ValueError, "must have the same shape"),
         ({"target": torch.zeros(12).long()}, ValueError, "got (12,)"),
         ({"target": torch.zeros(ROWS, CLASSES)}, TypeError, "target must hold class indices"),
         ({"target": torch.full((ROWS,), 50)}, IndexError, "got 50"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be an int >= 1 or None, got 0"),
         ({"temperature": 0.0}, ValueError, "temperature must be finite and > 0"),
+        (
+            {"student_logit_scale": 0.0},
+            ValueError,
+            "student_logit_scale must be finite and > 0, got 0.0",
+        ),
+        (
+            {"teacher_logit_scale": None},
+            ValueError,
+            "teacher_logit_scale must be a number, got None",
+        ),
+        ({"student_softcap": -1}, ValueError, "student_softcap must be finite and > 0, got -1"),
+        ({"teacher_softcap": float("inf")}, ValueError, "teacher_softcap must be finite and > 0"),
     ],
-)  # fmt: skip
+)
 def test_errors_say_what_to_do(changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         linear_wsl_loss(**problem() | changes)

@@ -379,7 +379,7 @@ def in_processes(function, world, tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
 
 

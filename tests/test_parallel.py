@@ -1,8 +1,7 @@
-"""Classes sharded over real processes: every shard's gradient against that of one process, in float64."""
+"""Classes sharded over real processes, judged by the reference in float64 in one process."""
 
 from __future__ import annotations
 
-import math
 import re
 
 import pytest
@@ -16,10 +15,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from weighted_soft_labels import reference
+from weighted_soft_labels.backends import eager
 from weighted_soft_labels.linear import linear_wsl_loss
-from weighted_soft_labels.parallel import Row, Statistics, _merge, vocab_parallel_wsl_loss
+from weighted_soft_labels.parallel import vocab_parallel_wsl_loss
 
-SHARDS = {2: (13, 37), 3: (1, 30, 19)}  # of 50 classes
+SHARDS = {2: (13, 37), 3: (1, 30, 19), 4: (0, 20, 0, 30)}  # of 50 classes
 OPTIONS = [
     {},
     {"temperature": 4.0, "label_smoothing": 0.1},
@@ -66,7 +66,7 @@ def sharded_logits(rank, world, group, shard):
             value, gradient = step(
                 reference.wsl_loss, student.double(), teacher.double(), target, **options
             )
-            found = step(
+            computed = step(
                 vocab_parallel_wsl_loss,
                 student[:, shard],
                 teacher[:, shard],
@@ -74,24 +74,24 @@ def sharded_logits(rank, world, group, shard):
                 group=group,
                 **options,
             )
-            torch.testing.assert_close(found[0].double(), value, rtol=budget, atol=budget)
-            assert found[1].dtype == dtype
+            torch.testing.assert_close(computed[0].double(), value, rtol=budget, atol=budget)
+            assert computed[1].dtype == dtype
             largest = gradient[gradient.isfinite()].abs().max().item()
             rounding = torch.finfo(dtype).eps
             assert_close = torch.testing.assert_close
             assert_close(
-                found[1].double(),
+                computed[1].double(),
                 gradient[:, shard],
                 rtol=rounding,
                 atol=budget * largest + 6e-8 * (rounding > 6e-8),
             )
-            every = [torch.empty_like(found[0]) for _ in range(world)]
-            dist.all_gather(every, found[0], group=group)
-            assert all(torch.equal(other, found[0]) for other in every)  # replicated, to the bit
+            every = [torch.empty_like(computed[0]) for _ in range(world)]
+            dist.all_gather(every, computed[0], group=group)
+            assert all(torch.equal(other, computed[0]) for other in every)  # replicated, to the bit
 
 
 def weight_is_exact(group, shard):
-    """At teacher cross-entropies from 1e-2 to 1e-9, of a leader in any shard."""
+    """Teacher cross-entropies from 1e-2 to 1e-9, the top class in any shard."""
     margin = torch.linspace(4, 22, 40)
     for label in (0, 20, 49):
         student, teacher = torch.zeros(2, 40, 50).unbind(0)
@@ -101,7 +101,7 @@ def weight_is_exact(group, shard):
         value, gradient = step(
             reference.wsl_loss, student.double(), teacher.double(), target, **options
         )
-        found = step(
+        computed = step(
             vocab_parallel_wsl_loss,
             student[:, shard],
             teacher[:, shard],
@@ -109,25 +109,28 @@ def weight_is_exact(group, shard):
             group=group,
             **options,
         )
-        torch.testing.assert_close(found[0].double(), value, rtol=2e-6, atol=0)
-        torch.testing.assert_close(found[1].double(), gradient[:, shard], rtol=1e-5, atol=1e-17)
+        torch.testing.assert_close(computed[0].double(), value, rtol=2e-6, atol=0)
+        torch.testing.assert_close(computed[1].double(), gradient[:, shard], rtol=1e-5, atol=1e-17)
+
+
+def own_classes(tensors, shard):
+    return {
+        name: x[shard] if name.endswith(("weight", "bias")) else x for name, x in tensors.items()
+    }
 
 
 def sharded_layers(group, shard):
     for dtype in FLOATS:
-        for options in OPTIONS:
+        for options in (*OPTIONS, {"student_softcap": 3.0, "teacher_logit_scale": 2.0}):
             tensors = problem(dtype)
             upstream = torch.linspace(1, 2, ROWS) if options.get("reduction") == "none" else 3.0
             value, expected = exact_linear(tensors, upstream, **options)
-            own = {
-                name: x[shard] if name.endswith(("weight", "bias")) else x
-                for name, x in tensors.items()
-            }
+            own = own_classes(tensors, shard)
             leaf = {name: own[name].detach().clone().requires_grad_() for name in NAMES}
-            found = linear_wsl_loss(**own | leaf, **options, chunk_size=5, group=group)
-            (found * upstream).sum().backward()
+            computed = linear_wsl_loss(**own | leaf, **options, chunk_size=5, group=group)
+            (computed * upstream).sum().backward()
             budget, rounding = 1e-12 if dtype == torch.float64 else 5e-6, torch.finfo(dtype).eps
-            torch.testing.assert_close(found.double(), value, rtol=budget, atol=budget)
+            torch.testing.assert_close(computed.double(), value, rtol=budget, atol=budget)
             for name, x in leaf.items():
                 part = expected[name] if name == "student_input" else expected[name][shard]
                 largest = expected[name].abs().max().item()
@@ -146,33 +149,120 @@ def compiled(group, shard):
     torch.testing.assert_close(step(function, *inputs), expected, equal_nan=True)
 
 
-def refusals(rank, group, shard):
-    """On every process, so that none waits for another."""
+def expect(error, message, function, *arguments, **options):
+    with pytest.raises(error, match=re.escape(message)):
+        function(*arguments, **options)
+
+
+def refusals(rank, world, group, shard):
+    """Every process raises, so that none waits for another."""
     student, teacher, target = logits_of(torch.float32)
     student, teacher = student[:, shard], teacher[:, shard]
-    with pytest.raises(ValueError, match="each the same classes of student and teacher"):
-        vocab_parallel_wsl_loss(student[:, rank:], teacher, target, group=group)
-    with pytest.raises(ValueError, match="all processes must hold the same rows"):
-        vocab_parallel_wsl_loss(*(x[: 5 + rank] for x in (student, teacher, target)), group=group)
-    with pytest.raises(IndexError, match=re.escape("[0, 50) or ignore_index (-100), got 50")):
-        vocab_parallel_wsl_loss(student, teacher, target.where(target > 0, 50), group=group)
-    with pytest.raises(TypeError, match="class indices"):
-        vocab_parallel_wsl_loss(student, teacher, teacher.softmax(1), group=group)
-    mesh, tensors = init_device_mesh("cpu", (dist.get_world_size(group),)), problem()
-    with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .full_tensor(), or")):
-        linear_wsl_loss(
-            **tensors
-            | {"student_weight": distribute_tensor(tensors["student_weight"], mesh, [Shard(0)])}
-        )
-    with pytest.raises(TypeError, match=re.escape("got a DTensor: pass .to_local()")):
-        vocab_parallel_wsl_loss(
-            distribute_tensor(student, mesh, [Shard(1)]), teacher, target, group=group
-        )
+
+    def refused(error, message, *arguments, **options):
+        expect(error, message, vocab_parallel_wsl_loss, *arguments, group=group, **options)
+
+    message = "each the same classes of student and teacher"
+    refused(ValueError, message, student[:, rank:], teacher, target)
+    refused(ValueError, message, student[:, :0], teacher[:, :0], target)
+    rows = slice(5 + rank)
+    refused(ValueError, "must hold the same rows", student[rows], teacher[rows], target[rows])
+    message = "[0, 50) or ignore_index (-100), got 50"
+    refused(IndexError, message, student, teacher, target.where(target > 0, 50))
+    refused(TypeError, "class indices", student, teacher, teacher.softmax(1))
+    mesh = init_device_mesh("cpu", (world,))
+    sharded = distribute_tensor(student, mesh, [Shard(1)])
+    refused(TypeError, "got a DTensor: pass .to_local()", sharded, teacher, target)
     student = student.clone().requires_grad_()
     value = vocab_parallel_wsl_loss(student, teacher, target, group=group)
     (gradient,) = torch.autograd.grad(value, student, create_graph=True)
     with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
         gradient.sum().backward()
+    tensors = problem()
+    weight = distribute_tensor(tensors["student_weight"], mesh, [Shard(0)])
+    message = "got a DTensor: pass .full_tensor(), or"
+    expect(TypeError, message, linear_wsl_loss, **tensors | {"student_weight": weight})
+
+
+def errors_of_one_process(rank, world, group, shard):
+    """The last process errs. It raises its own error, the others raise one that names it."""
+    last = world - 1
+    student, teacher, target = logits_of(torch.float32)
+    inputs = {"student_logits": student[:, shard], "teacher_logits": teacher[:, shard]}
+    inputs["target"] = target
+    same = "all processes must pass the same options and dtypes"
+    named = f"process [{last}] of the group"
+    label = target.where(target > 0, 50)
+    released = student[:, shard].clone()
+    released.untyped_storage().resize_(0)
+    for changes, error, message, others, elsewhere in (
+        ({"temperature": -1.0}, ValueError, "temperature must be", RuntimeError, named),
+        ({"student_logits": None}, TypeError, "must be a Tensor", RuntimeError, named),
+        ({"target": target[:5]}, ValueError, "got (5,)", RuntimeError, named),
+        ({"target": label}, IndexError, "got 50", RuntimeError, named),
+        ({"student_logits": released}, ValueError, "must lie in its storage", RuntimeError, named),
+        ({"temperature": 4.0}, ValueError, same, ValueError, same),
+        ({"reduction": "sum"}, ValueError, same, ValueError, same),
+        ({"ignore_index": -1}, ValueError, same, ValueError, same),
+        ({"student_logits": student[:, shard].double()}, ValueError, same, ValueError, same),
+    ):
+        if rank == last:
+            arguments = inputs | changes
+            expect(error, message, vocab_parallel_wsl_loss, **arguments, group=group)
+        else:
+            expect(others, elsewhere, vocab_parallel_wsl_loss, **inputs, group=group)
+    assert vocab_parallel_wsl_loss(**inputs, group=group, reduction="sum").dim() == 0
+
+
+def errors_of_one_process_with_layers(rank, world, group, shard):
+    last = world - 1
+    tensors = problem()
+    own = own_classes(tensors, shard)
+    same = "all processes must pass the same options and dtypes"
+    named = f"process [{last}] of the group"
+    wants = tensors["student_input"].clone().requires_grad_()
+    for changes, error, message, others, elsewhere in (
+        ({"chunk_size": 0}, ValueError, "chunk_size must be", RuntimeError, named),
+        ({"student_bias": torch.zeros(9)}, ValueError, "must be (..., H)", RuntimeError, named),
+        ({"student_softcap": -1.0}, ValueError, "student_softcap must", RuntimeError, named),
+        ({"chunk_size": 3}, ValueError, same, ValueError, same),
+        ({"teacher_logit_scale": 3.0}, ValueError, same, ValueError, same),
+        ({"student_input": wants}, ValueError, same, ValueError, same),
+    ):
+        if rank == last:
+            expect(error, message, linear_wsl_loss, **own | changes, group=group)
+        else:
+            expect(others, elsewhere, linear_wsl_loss, **own, group=group)
+
+
+def groups_without_this_process(rank):
+    student, teacher, target = logits_of(torch.float32)
+    other = dist.new_group([0])
+    for group in (None, dist.GroupMember.NON_GROUP_MEMBER, *([other] if rank else [])):
+        message = "of which this process is a member, for example torch.distributed.group.WORLD"
+        inputs = student, teacher, target
+        expect(ValueError, message, vocab_parallel_wsl_loss, *inputs, group=group)
+        if group is not None:
+            expect(ValueError, message, linear_wsl_loss, **problem(), group=group)
+    if rank == 0:
+        assert vocab_parallel_wsl_loss(*inputs, group=other, reduction="none").shape == (ROWS,)
+
+
+def chunks_do_not_depend_on_the_classes_of_one_process(rank, world, group):
+    """With 1000 and 1001 classes the default number of rows per chunk would differ."""
+    generator = torch.Generator().manual_seed(0)
+    classes = [1000, 1001, 0, 7][:world]
+    begin = sum(classes[:rank])
+    x, teacher_x = torch.randn(2, 3000, 8, generator=generator).unbind()
+    weight, teacher_weight = torch.randn(2, sum(classes), 8, generator=generator).unbind()
+    target = torch.randint(sum(classes), (3000,), generator=generator)
+    whole = x, weight, teacher_x, teacher_weight, target
+    expected = linear_wsl_loss(*whole)
+    shard = slice(begin, begin + classes[rank])
+    result = linear_wsl_loss(
+        x, weight[shard], teacher_x, teacher_weight[shard], target, group=group
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-6)
 
 
 class Head(nn.Module):
@@ -185,7 +275,7 @@ class Head(nn.Module):
 
 
 def data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world):
-    """The sum over the rank's rows divided by the global count; DDP averages, hence times the number of ranks."""
+    """DDP averages over ranks, so the sum is divided by the global count times the ranks."""
     tensors = problem()
     tensors["target"][10:] = -100  # all rows of the last rank
     _, expected = exact_linear(tensors)
@@ -196,8 +286,8 @@ def data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world):
     tokens = (rows["target"] != -100).sum()
     dist.all_reduce(tokens)
     (parallel(tensors | rows, reduction="sum") * world / tokens).backward()
-    found = parallel.module.weight.grad.double()
-    torch.testing.assert_close(found, expected["student_weight"], rtol=1e-4, atol=1e-6)
+    computed = parallel.module.weight.grad.double()
+    torch.testing.assert_close(computed, expected["student_weight"], rtol=1e-4, atol=1e-6)
 
 
 def everything(rank, world, folder):
@@ -207,14 +297,19 @@ def everything(rank, world, folder):
     sharded_logits(rank, world, group, shard)
     sharded_layers(group, shard)
     weight_is_exact(group, shard)
-    data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world)
+    chunks_do_not_depend_on_the_classes_of_one_process(rank, world, group)
+    errors_of_one_process(rank, world, group, shard)
+    errors_of_one_process_with_layers(rank, world, group, shard)
+    if world < 4:
+        data_parallel_with_a_rank_that_has_nothing_to_learn_from(rank, world)
     if world == 2:
-        refusals(rank, group, shard)
+        refusals(rank, world, group, shard)
+        groups_without_this_process(rank)
         compiled(group, shard)
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 4])
 def test_shards_of_real_processes_are_one_process(world, tmp_path):
     in_processes(everything, world, tmp_path)
 
@@ -230,33 +325,30 @@ def test_a_group_of_one_is_one_process(tmp_path):
 
 
 def test_merged_statistics_are_those_of_all_classes_together():
-    """However they are divided, and where leaders tie."""
+    """However the classes are divided, and where top classes tie."""
     generator = torch.Generator().manual_seed(0)
-    student, teacher = (3 * torch.randn(2, 20, 4, generator=generator).double()).round().unbind()
-    zero, one = student.new_zeros(()), student.new_ones(())
+    student, teacher = (3 * torch.randn(2, 4, 20, generator=generator).double()).round().unbind()
+    label = torch.tensor([0, 5, 12, 19])
+    options = eager.Options(label_smoothing=0.1)
 
-    def merged(rows):
-        return _merge(
-            Statistics(
-                *(Row(x[rows], zero, zero, zero * x[rows]) for x in (student, teacher)),
-                zero,
-                zero,
-                one,
-            ),
-            2.0,
-        )[0]
-
-    whole = merged(slice(None))
-    for cut in (1, 7, 19):
-        a, b = merged(slice(cut)), merged(slice(cut, None))
-        rows = (
-            Row(*map(torch.stack, zip(*pair)))
-            for pair in ((a.student, b.student), (a.teacher, b.teacher))
+    def statistics(begin, end):
+        index = label[None, None] - begin
+        index = index.where((index >= 0) & (index < end - begin), -1)
+        logits = (x.t()[None, begin:end] for x in (student, teacher))
+        computed, _, _ = eager.statistics(
+            *logits, eager.Label(index, None, None), options, shard=True
         )
-        others = (torch.stack(pair) for pair in zip(a[2:], b[2:]))
-        found, _ = _merge(Statistics(*rows, *others), 2.0)
-        torch.testing.assert_close(found, whole)
-    z = student - student.amax(0)
-    torch.testing.assert_close(whole.student.rest, z.exp().sum(0) - 1)
-    torch.testing.assert_close(whole.dot, ((teacher - teacher.amax(0)).div(2).exp() * z).sum(0))
-    assert math.isclose(whole.classes[0], 20)
+        return computed
+
+    whole = statistics(0, 20)
+    for cut in (1, 7, 19):
+        parts = statistics(0, cut)[:11], statistics(cut, 20)[:11]
+        shards = (torch.cat([x[0] for x in pair]) for pair in zip(*parts))
+        classes = torch.tensor([[cut], [20 - cut]])
+        merged, _ = eager.merge(eager.Statistics(*shards, classes), options.temperature)
+        torch.testing.assert_close(merged[:11], tuple(x[0] for x in whole[:11]))
+        assert merged.classes == whole.classes == 20
+    z = (student - student.amax(1, keepdim=True)).t()
+    torch.testing.assert_close(whole.others[0, 0], z.exp().sum(0) - 1)
+    soft = (teacher - teacher.amax(1, keepdim=True)).t().div(2).exp()
+    torch.testing.assert_close(whole.dot[0, 0], (soft * z).sum(0))

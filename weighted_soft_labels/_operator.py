@@ -161,7 +161,7 @@ class EagerLoss(Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         loss, scale, gradient = ctx.saved_tensors
         refuse_batched(upstream)
-        if torch.is_grad_enabled() or _graph_is_kept() or gradient._use_count() != ONE_OWNER:
+        if torch.is_grad_enabled() or _shared(gradient):
             result = multiplied(gradient, upstream, scale, loss)
         else:
             result = gradient
@@ -173,6 +173,10 @@ class EagerLoss(Function):
 # hook that keeps the tensor, or gave another one, makes it another number.
 ONE_OWNER = 2
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _shared(gradient: Tensor) -> bool:
+    return _graph_is_kept() or gradient._use_count() != ONE_OWNER
 
 
 class SavedGradients(Function):
@@ -190,19 +194,27 @@ class SavedGradients(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # else zeros of the size of every saved gradient
         ctx.save_for_backward(*output)
         ctx.dtypes = [x.dtype for x in inputs[1 : len(output) - 1] if isinstance(x, Tensor)]
         ctx.arguments = len(inputs)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         loss, scale, *gradients = ctx.saved_tensors
-        refuse_batched(upstream)
         results = [None] * ctx.arguments
+        if upstream is None:
+            return tuple(results)
+        refuse_batched(upstream)
         for i, gradient in enumerate(gradients, 1):
-            if ctx.needs_input_grad[i]:
-                result = multiplied(gradient, upstream, scale, loss)
-                results[i] = result.to(ctx.dtypes[i - 1])  # a gradient may be saved in float32
+            if not ctx.needs_input_grad[i]:
+                continue
+            observed = torch.is_grad_enabled() or not unobserved(gradient, upstream)
+            if observed or _shared(gradient):
+                gradient = multiplied(gradient, upstream, scale, loss)
+            else:
+                eager.multiply_(gradient, upstream if scale.dim() else upstream * scale)
+            results[i] = gradient.to(ctx.dtypes[i - 1])  # a gradient may be saved in float32
         return tuple(results)
 
 
@@ -262,6 +274,7 @@ OPTIONS = (
     "int ignore_index, str reduction"
 )
 ARGUMENTS = f"Tensor student, Tensor teacher, Tensor target, bool wanted, {OPTIONS}"
+
 
 def _new_library() -> Any:
     try:

@@ -1,4 +1,4 @@
-"""The loss from hidden states: the last linear layer of both models and the loss, by chunks of rows.
+"""The loss from hidden states: the last linear layers and the loss, by chunks of rows.
 
 For each chunk of rows we compute the logits of both models, the loss and its gradient, and add the
 chunk's share to the gradients of input, weight and bias. The full logits never exist. The loss of
@@ -99,11 +99,15 @@ def linear_wsl_loss(
     checks = student, teacher, target, options, settings
     options, settings = parallel.checked(name, _check, *checks)
     rows = target.numel()
-    student, teacher = (
-        head._replace(input=head.input.reshape(rows, head.weight.shape[1]))
-        for head in (student, Head(*(None if x is None else x.detach() for x in teacher)))
-    )
-    tensors = *student, *teacher, target.reshape(rows).detach()
+    tensors = [
+        student_input.reshape(rows, student_weight.shape[1]),
+        student_weight,
+        student_bias,
+        teacher_input.reshape(rows, teacher_weight.shape[1]).detach(),
+        teacher_weight.detach(),
+        None if teacher_bias is None else teacher_bias.detach(),
+        target.reshape(rows).detach(),
+    ]
     operator = torch.ops.weighted_soft_labels.linear_loss
     loss: Tensor = operator(*tensors, None, [False] * 3, *options, *settings)[0]
     return loss.view(target.shape) if reduction == "none" else loss
@@ -138,17 +142,15 @@ def _check(
     options = check_options(options)
     settings = check_settings(settings, target)
     sharded = settings.group is not None
-    logits = [
-        check_head(name, head, settings.product, sharded)
-        for name, head in (("student", student), ("teacher", teacher))
-    ]
+    student_logits = check_head("student", student, settings.product, sharded)
+    teacher_logits = check_head("teacher", teacher, settings.product, sharded)
     if not sharded and len(student.weight) != len(teacher.weight):
         raise ValueError(
             "student_weight and teacher_weight must have the same number of classes, got "
             f"{len(student.weight)} and {len(teacher.weight)}: slice the one that is padded, "
             "weight[:classes]"
         )
-    parallel.check_sharded(*logits, target)
+    parallel.check_sharded(student_logits, teacher_logits, target)
     return options, settings
 
 
@@ -158,14 +160,17 @@ def check_settings(settings: Settings, target: Tensor) -> Settings:
         raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
     kind = target.device.type if isinstance(target, Tensor) else "cpu"
     product = None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # raises for meta
         product = torch.get_autocast_dtype(kind)
     names = "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap"
-    scales = [
+    scales: list[Any] = [
         None if value is None and name.endswith("softcap") else _positive(name, value)
         for name, value in zip(names, settings)
     ]
-    return Settings(*scales, chunk_size, group, product)
+    student_scale, teacher_scale, *softcaps = scales
+    return Settings(
+        student_scale, teacher_scale, softcaps[0], softcaps[1], chunk_size, group, product
+    )
 
 
 def _positive(name: str, value: Any) -> float:
@@ -350,7 +355,7 @@ def accumulate(
         if upstream is not None:
             g.mul_(upstream[part, None])
         if cap is not None and any(wanted):
-            torch.ops.aten.tanh_backward.grad_input(g, s.div_(cap), grad_input=g)
+            g.mul_(s.square_().mul_(-1 / cap**2).add_(1))  # the derivative of cap * tanh(x / cap)
         _add_gradients(totals, wanted, chunk, g, part)
     if rows == 0:
         totals = [total.zero_() for total in totals]
@@ -392,7 +397,7 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Return loss, scale (none) and gradients. Reduction "none" has them for `upstream` alone."""
     options, settings = split(others)
-    parameters = student_input, student_weight, student_bias
+    parameters: Any = student_input, student_weight, student_bias
     tensors = (*parameters, teacher_input, teacher_weight, teacher_bias, target)
     tensors = parallel.checked(settings.group, _in_memory, *tensors)
     target = signed(tensors.pop()).long()
@@ -418,7 +423,7 @@ def cast(head: Head, product: torch.dtype | None) -> Head:
 def finished(
     losses: Tensor,
     totals: list[Tensor],
-    parameters: tuple[Tensor | None, ...],
+    parameters: Any,
     target: Tensor,
     wanted: list[bool],
     options: Options,
@@ -472,7 +477,7 @@ def _fake(
 
 
 def fake_outputs(
-    parameters: tuple[Tensor | None, ...],
+    parameters: Any,
     target: Tensor,
     wanted: list[bool],
     wide: bool,
@@ -493,6 +498,8 @@ class Recomputed(Function):
 
     The backward pass computes the chunks again, from copies of the operator's tensors.
     """
+
+    jvp = staticmethod(_operator.refuse_transforms)  # type: ignore[assignment]
 
     @staticmethod
     def forward(
@@ -517,7 +524,7 @@ class Recomputed(Function):
         _operator.refuse_batched(upstream)
         loss, *copies = ctx.saved_tensors
         present = iter(copies)
-        tensors = [None if absent else next(present) for absent in ctx.absent]
+        tensors: list[Any] = [None if absent else next(present) for absent in ctx.absent]
         with torch._C._AutoDispatchBelowAutograd():
             gradients = ctx.operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
         results: list[Tensor | None] = [None] * 3
@@ -528,9 +535,6 @@ class Recomputed(Function):
                     refuse = _operator.RefuseSecondDerivative.apply
                     results[i] = refuse(results[i], loss, upstream)
         return None, None, None, None, *results
-
-
-Recomputed.jvp = staticmethod(_operator.refuse_transforms)
 
 
 def _autograd(

@@ -74,8 +74,8 @@ def vocab_parallel_wsl_loss(
     name = group_name(group)
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     options = checked(name, _check, student_logits, teacher_logits, target, options)
-    rows, classes = target.numel(), student_logits.shape[-1]
-    student, teacher = (x.reshape(rows, classes) for x in (student_logits, teacher_logits))
+    rows = target.numel()
+    student, teacher = (x.reshape(rows, x.shape[-1]) for x in (student_logits, teacher_logits))
     loss = _operator.distill(student, teacher, target.reshape(rows), options, name)
     return loss.view(target.shape) if reduction == "none" else loss
 
@@ -109,7 +109,7 @@ def check_sharded(student: Tensor, teacher: Tensor, target: Tensor) -> None:
         if x.dim():
             like = x.new_empty(()).expand(*x.shape[:-1], classes)
             tensors[i] = like.movedim(-1, 1) if x.dim() > 1 else like
-    check_tensors(*tensors, target)
+    check_tensors(tensors[0], tensors[1], target)
 
 
 # --- what processes tell one another ---
@@ -132,7 +132,8 @@ FACTS = ("failed", "rows", "student", "teacher", "code", "least", "most")
 
 def _exchange(name: str, like: Tensor, **facts: int) -> tuple[dist.ProcessGroup, Tensor]:
     """Return the group, and the facts of all its processes, (processes, facts)."""
-    group = dist.distributed_c10d._resolve_process_group(name)
+    resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+    group = resolve(name)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     sizes = torch.zeros((size, len(FACTS)), dtype=torch.int64, device=like.device)
     for fact, number in facts.items():
@@ -166,7 +167,8 @@ def join(
         _check_sizes(sizes.tolist(), rank, agreed)
         eager.count(target, int(sizes[:, 2].sum()), ignore_index)
         largest = int(sizes[:, 2].max())
-    same = (sizes == sizes[0])[:, [1, 4]].all() & (sizes[:, 2] == sizes[:, 3]).all()
+    # Slices: a list of columns would be copied to the GPU, and wait for it.
+    same = (sizes == sizes[0])[:, 1:5:3].all() & (sizes[:, 2] == sizes[:, 3]).all()
     all_reduce = partial(dist.all_reduce, group=group)
     shard = eager.Shard(rank, sizes[:, 2:3], sizes[:rank, 2].sum(), same, all_reduce)
     return shard, largest
@@ -204,12 +206,12 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     *values, name = others
     options = Options(*values)
-    tensors = checked(name, _in_memory, student, teacher, target)
+    student, teacher, target = checked(name, _in_memory, student, teacher, target)
     classes = student.shape[1], teacher.shape[1]
     agreed = options, student.dtype, teacher.dtype
-    shard, _ = join(name, signed(tensors[2]), classes, options.ignore_index, agreed)
+    shard, _ = join(name, signed(target), classes, options.ignore_index, agreed)
     run = partial(eager.run, shard=shard)
-    return _operator.tensors_only(*_operator.form(*tensors, wanted, options, run))
+    return _operator.tensors_only(*_operator.form(student, teacher, target, wanted, options, run))
 
 
 def _in_memory(*tensors: Tensor) -> list[Tensor]:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,22 +49,21 @@ class Shard(NamedTuple):
     all_reduce: Callable[[Tensor], object]  # adds up a tensor over the processes, in place
 
 
-class Sums(NamedTuple):
-    """What the loss needs of one set of logits, one entry per row."""
-
-    top: Tensor  # the maximum
-    others: Tensor  # sum of exp(z) without the top class
-    soft_others: Tensor  # sum of exp(z / T) without the top class
-    label: Tensor  # sum of the label's probabilities times z
-
-
 class Statistics(NamedTuple):
-    student: Sums
-    teacher: Sums
+    """What the loss needs of a set of classes, one entry per row."""
+
+    top: Tensor  # the student's maximum
+    others: Tensor  # sum of the student's exp(z) without the top class
+    soft_others: Tensor  # sum of the student's exp(z / T) without the top class
+    label: Tensor  # sum of the label's probabilities times the student's z
+    teacher_top: Tensor
+    teacher_others: Tensor
+    teacher_soft_others: Tensor
+    teacher_label: Tensor
     mass: Tensor  # sum of the label's probabilities; NaN if an index names no class
     dot: Tensor  # sum of the teacher's exp(z / T) times the student's z
     z_sum: Tensor  # sum of the student's z, needed for label smoothing alone
-    classes: Tensor | int
+    classes: Any  # how many: an int, or a tensor if the classes are sharded
 
 
 class Exponentials(NamedTuple):
@@ -78,8 +77,8 @@ class Exponentials(NamedTuple):
 class Label(NamedTuple):
     """The target of a block. One of the first two is None."""
 
-    index: Tensor | None  # (b, 1, r); -1 for a class that these logits do not have
-    probabilities: Tensor | None  # (b, C, r)
+    indices: Tensor | None  # (b, 1, r); -1 for a class that these logits do not have
+    probabilities: Any  # None or (b, C, r)
     ignored: Tensor | None  # (b, 1, r)
 
 
@@ -115,15 +114,15 @@ def run(
         logits = student[b, :, r].to(rows.dtype), teacher[b, :, r].to(rows.dtype)
         label = _label(target[b, ..., r], student.shape[1], options.ignore_index, shard)
         if shared is None:
-            statistics, tops, e = _statistics(*logits, label, options)
+            part, tops, e = statistics(*logits, label, options)
         else:
-            statistics, tops = _part(shared, r)
-            e = _exponentials(*logits, statistics, tops, options)
-        combined = combine(statistics, options.temperature)
-        result = torch.cat(combined, 1) if terms else _loss(statistics, combined, options)
+            part, tops = _part(shared, r)
+            e = _exponentials(*logits, part, tops, options)
+        combined = combine(part, options.temperature)
+        result = torch.cat(combined, 1) if terms else _loss(part, combined, options)
         rows[:, b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None:
-            formed = _gradient(e, statistics, tops, label, combined.weight, unit, options)
+            formed = _gradient(e, part, tops, label, combined.weight, unit, options)
             gradient[b, :, r] = _kept(formed, label)
     if terms or options.reduction == "none":
         return rows if terms else rows[0]
@@ -139,7 +138,11 @@ def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
     if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
         return
-    rows = gradient.flatten(2) if gradient.dim() > 2 else batched(torch.atleast_2d(gradient))
+    rows = (
+        gradient.flatten(2)
+        if gradient.dim() > 2
+        else batched(gradient if gradient.dim() > 1 else gradient[None])
+    )
     factors = factor.expand(index_shape(gradient.shape)).reshape(rows.shape[0], rows.shape[2])
     for b, r in blocks(rows):  # with another dtype ATen makes a copy of the whole tensor
         rows[b, :, r].mul_(factors[b, None, r])
@@ -195,31 +198,32 @@ def _kept(x: Tensor, label: Label) -> Tensor:
 # --- statistics ---
 
 
-def _statistics(
+def statistics(
     student: Tensor, teacher: Tensor, label: Label, options: Options, shard: bool = False
 ) -> tuple[Statistics, Tops, Exponentials]:
     temperature = options.temperature
     top_class, top, z = _below_top(student, shard)
     teacher_class, teacher_top, teacher_z = _below_top(teacher, shard)
-    if label.index is not None:
-        mass = torch.where(label.index >= 0, 1.0, 0.0 if shard else math.nan).to(z.dtype)
-        expected = (_at(x, label.index) for x in (z, teacher_z))
+    if label.indices is not None:
+        mass = torch.where(label.indices >= 0, 1.0, 0.0 if shard else math.nan).to(z.dtype)
+        of_label = [_at(x, label.indices) for x in (z, teacher_z)]
     else:
         q = label.probabilities.to(z.dtype)
-        mass = q.sum(1, keepdim=True)
-        expected = (_expectation(q, x) for x in (z, teacher_z))
+        mass = _sum(q)
+        of_label = [_expectation(q, x) for x in (z, teacher_z)]
     teacher_others = _sum(_exp(teacher_z, 1.0, teacher_class))
     e = Exponentials(
         _exp(z, 1.0, top_class),
         _exp(z, temperature, top_class),
         _exp(teacher_z, temperature, teacher_class),
     )
-    sums = Sums(top, _sum(e.student), _sum(e.student_soft), next(expected))
-    teacher_sums = Sums(teacher_top, teacher_others, _sum(e.teacher_soft), next(expected))
+    others, soft_others, teacher_soft_others = map(_sum, e)
     dot = _expectation(e.teacher_soft, z) + z.gather(1, teacher_class)
     z_sum = _sum(z) if options.label_smoothing else torch.zeros_like(top)
-    statistics = Statistics(sums, teacher_sums, mass, dot, z_sum, student.shape[1])
-    return statistics, (top_class, teacher_class), e
+    of_student = top, others, soft_others, of_label[0]
+    of_teacher = teacher_top, teacher_others, teacher_soft_others, of_label[1]
+    part = Statistics(*of_student, *of_teacher, mass, dot, z_sum, student.shape[1])
+    return part, (top_class, teacher_class), e
 
 
 def _below_top(logits: Tensor, shard: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -234,9 +238,9 @@ def _below_top(logits: Tensor, shard: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _exponentials(
-    student: Tensor, teacher: Tensor, statistics: Statistics, tops: Tops, options: Options
+    student: Tensor, teacher: Tensor, part: Statistics, tops: Tops, options: Options
 ) -> Exponentials:
-    z, teacher_z = student - statistics.student.top, teacher - statistics.teacher.top
+    z, teacher_z = student - part.top, teacher - part.teacher_top
     return Exponentials(
         _exp(z, 1.0, tops[0]),
         _exp(z, options.temperature, tops[0]),
@@ -275,85 +279,75 @@ def _expectation(mass: Tensor, value: Tensor) -> Tensor:
 
 def merge(shards: Statistics, temperature: float) -> tuple[Statistics, Tops]:
     """Merge statistics (shards, rows); also return which shards have the top classes, (1, rows)."""
-    owner, top, shift = _top_of_shards(shards.student)
-    teacher_owner, teacher_top, teacher_shift = _top_of_shards(shards.teacher)
-
-    def others(sums: Tensor, shift: Tensor, owner: Tensor) -> Tensor:
-        e = shift.exp()  # the top classes of shards; all but one are among the others
-        return (sums * e + e.scatter(0, owner, 0.0)).sum(0, keepdim=True)
-
-    def shifted(mass: Tensor, value: Tensor, shift: Tensor) -> Tensor:
-        return torch.where(mass == 0, 0.0, value + mass * shift).sum(0, keepdim=True)
-
-    (_, e, soft, label), (_, teacher_e, teacher_soft, teacher_label) = shards[:2]
-    scale = (teacher_shift / temperature).exp()
-    student = Sums(
+    owner, top, shift = _highest(shards.top)
+    teacher_owner, teacher_top, teacher_shift = _highest(shards.teacher_top)
+    soft_shift, teacher_soft_shift = shift / temperature, teacher_shift / temperature
+    scale = teacher_soft_shift.exp()
+    merged = Statistics(
         top,
-        others(e, shift, owner),
-        others(soft, shift / temperature, owner),
-        shifted(shards.mass, label, shift),
-    )
-    teacher = Sums(
+        _others(shards.others, shift, owner),
+        _others(shards.soft_others, soft_shift, owner),
+        _shifted(shards.mass, shards.label, shift),
         teacher_top,
-        others(teacher_e, teacher_shift, teacher_owner),
-        others(teacher_soft, teacher_shift / temperature, teacher_owner),
-        shifted(shards.mass, teacher_label, teacher_shift),
+        _others(shards.teacher_others, teacher_shift, teacher_owner),
+        _others(shards.teacher_soft_others, teacher_soft_shift, teacher_owner),
+        _shifted(shards.mass, shards.teacher_label, teacher_shift),
+        shards.mass.sum(0, keepdim=True),
+        _shifted(scale * (1 + shards.teacher_soft_others), scale * shards.dot, shift),
+        _shifted(shards.classes, shards.z_sum, shift),
+        shards.classes.sum(0, keepdim=True).to(top.dtype),
     )
-    dot = shifted(scale * (1 + teacher_soft), scale * shards.dot, shift)
-    z_sum = shifted(shards.classes, shards.z_sum, shift)
-    mass, classes = shards.mass.sum(0, keepdim=True), shards.classes.sum(0, keepdim=True)
-    return Statistics(student, teacher, mass, dot, z_sum, classes), (owner, teacher_owner)
+    return merged, (owner, teacher_owner)
 
 
-def _top_of_shards(sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-    owner = sums.top.argmax(0, keepdim=True)
-    top = sums.top.gather(0, owner)
+def _highest(tops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    owner = tops.argmax(0, keepdim=True)
+    top = tops.gather(0, owner)
     top = torch.where(top.isinf(), math.nan, top)
-    return owner, top, sums.top - top
+    return owner, top, tops - top
 
 
-Shared = tuple[Statistics, Tops]
+def _others(others: Tensor, shift: Tensor, owner: Tensor) -> Tensor:
+    e = shift.exp()  # the top classes of shards: all but one are among the others
+    return (others * e + e.scatter(0, owner, 0.0)).sum(0, keepdim=True)
+
+
+def _shifted(mass: Tensor, value: Tensor, shift: Tensor) -> Tensor:
+    """Sum of mass times z, given that sum for a z that is higher by `-shift`."""
+    return torch.where(mass == 0, 0.0, value + mass * shift).sum(0, keepdim=True)
 
 
 def _shared(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    options: Options,
-    shard: Shard,
-    like: Tensor,
-) -> Shared:
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, shard: Shard, like: Tensor
+) -> tuple[Statistics, Tops]:
     """Return the statistics of all classes, and the top classes that this process has.
 
-    An all-reduce only adds, so every process fills its own slot of an array of zeros, and all
+    An all-reduce only adds. So every process fills its own slot of an array of zeros, and all
     processes merge the same slots.
     """
     slots = like.new_zeros((len(shard.classes), 11, student.shape[2]))
     own = slots[shard.rank]
     tops = torch.zeros_like(target.long().expand(2, -1))
     if student.shape[1] == 0:
-        own[:8:4].fill_(-math.inf)
+        own[:8:4].fill_(-math.inf)  # the tops
     for _, r in blocks(student) if student.shape[1] else ():
         logits = student[:, :, r].to(like.dtype), teacher[:, :, r].to(like.dtype)
         label = _label(target[:, r], student.shape[1], options.ignore_index, shard)
-        part, classes, _ = _statistics(*logits, label, options, shard=True)
-        own[:, r] = torch.cat((*part.student, *part.teacher, *part[2:5]), 1)[0]
+        part, classes, _ = statistics(*logits, label, options, shard=True)
+        own[:, r] = torch.cat(part[:11], 1)[0]
         tops[:, r] = torch.cat(classes, 1)[0]
     shard.all_reduce(slots)
-    columns = slots.unbind(1)
-    all_shards = Statistics(Sums(*columns[:4]), Sums(*columns[4:8]), *columns[8:], shard.classes)
-    merged, owners = merge(all_shards, options.temperature)
+    merged, owners = merge(Statistics._make((*slots.unbind(1), shard.classes)), options.temperature)
     mass = merged.mass.where((merged.mass != 0) & shard.agree, math.nan)
-    mine = (top.where(owner == shard.rank, -1) for top, owner in zip(tops, owners))
-    return merged._replace(mass=mass), (next(mine), next(mine))
+    mine = [top.where(owner == shard.rank, -1) for top, owner in zip(tops, owners)]
+    return merged._replace(mass=mass), (mine[0], mine[1])
 
 
-def _part(shared: Shared, r: slice) -> Shared:
+def _part(shared: tuple[Statistics, Tops], r: slice) -> tuple[Statistics, Tops]:
     """Return the rows `r`, shaped (1, 1, r) as those of a block."""
-    (student, teacher, mass, dot, z_sum, classes), tops = shared
-    sums = (Sums(*(x[None, :, r] for x in sums)) for sums in (student, teacher))
-    others = (x[None, :, r] for x in (mass, dot, z_sum))
-    return Statistics(*sums, *others, classes), (tops[0][None, :, r], tops[1][None, :, r])
+    (*merged, classes), tops = shared
+    part = Statistics._make((*(x[None, :, r] for x in merged), classes))
+    return part, (tops[0][None, :, r], tops[1][None, :, r])
 
 
 # --- combine ---
@@ -366,23 +360,22 @@ class Terms(NamedTuple):
     soft: Tensor
 
 
-def combine(statistics: Statistics, temperature: float) -> Terms:
-    student, teacher, mass, dot, _, _ = statistics
-    student_ce = mass * student.others.log1p() - student.label
-    teacher_ce = mass * teacher.others.log1p() - teacher.label
+def combine(part: Statistics, temperature: float) -> Terms:
+    student_ce = part.mass * part.others.log1p() - part.label
+    teacher_ce = part.mass * part.teacher_others.log1p() - part.teacher_label
     # A student that rules the label out is infinitely worse than any teacher.
     weight = -torch.expm1(-student_ce / (teacher_ce + EPS))
     weight = torch.where(student_ce == math.inf, 1.0, weight)
-    soft = student.soft_others.log1p() - dot / (temperature * (1 + teacher.soft_others))
-    return Terms(student_ce, teacher_ce, weight, soft)
+    expected = part.dot / (temperature * (1 + part.teacher_soft_others))
+    return Terms(student_ce, teacher_ce, weight, part.soft_others.log1p() - expected)
 
 
-def _loss(statistics: Statistics, terms: Terms, options: Options) -> Tensor:
+def _loss(part: Statistics, terms: Terms, options: Options) -> Tensor:
     smoothing, loss = options.label_smoothing, torch.zeros_like(terms.soft)
     if options.hard_weight:  # a term with scale 0 is left out, so that 0 never meets inf
         hard = terms.student_ce
         if smoothing:
-            uniform = statistics.student.others.log1p() - statistics.z_sum / statistics.classes
+            uniform = part.others.log1p() - part.z_sum / part.classes
             hard = uniform if smoothing == 1 else (1 - smoothing) * hard + smoothing * uniform
         loss = loss + options.hard_weight * hard
     if options.alpha:
@@ -398,7 +391,7 @@ def _loss(statistics: Statistics, terms: Terms, options: Options) -> Tensor:
 
 def _gradient(
     e: Exponentials,
-    statistics: Statistics,
+    part: Statistics,
     tops: Tops,
     label: Label,
     weight: Tensor,
@@ -406,16 +399,15 @@ def _gradient(
     options: Options,
 ) -> Tensor:
     """Return the gradient times `unit`, in the memory of `e`."""
-    student, teacher, mass = statistics[:3]
     gradient = None
     if options.hard_weight:
-        sure = _softmax_less_1_(e.student, tops[0], student.others)
-        gradient = _less_label_(e.student, tops[0], sure, statistics, label, options)
+        sure = _softmax_less_1_(e.student, tops[0], part.others)
+        gradient = _less_label_(e.student, tops[0], sure, part, label, options)
         # Class probabilities have entered with their mass. That of an index is 1, or NaN.
-        gradient.mul_(unit * options.hard_weight * (1.0 if label.index is None else mass))
+        gradient.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
     if options.alpha:
-        sure = _softmax_less_1_(e.student_soft, tops[0], student.soft_others)
-        teacher_sure = _softmax_less_1_(e.teacher_soft, tops[1], teacher.soft_others)
+        sure = _softmax_less_1_(e.student_soft, tops[0], part.soft_others)
+        teacher_sure = _softmax_less_1_(e.teacher_soft, tops[1], part.teacher_soft_others)
         difference = e.student_soft.sub_(e.teacher_soft)
         _add_ones_(difference, tops[0], sure, tops[1], teacher_sure)
         scale = unit * (options.alpha * options.temperature) * weight
@@ -439,21 +431,20 @@ def _less_label_(
     p: Tensor,
     top_class: Tensor,
     sure: Tensor,
-    statistics: Statistics,
+    part: Statistics,
     label: Label,
     options: Options,
 ) -> Tensor:
     """Subtract the smoothed label from a softmax less 1, and add the 1s."""
     smoothing = options.label_smoothing
-    if label.index is not None:
+    if label.indices is not None:
         if smoothing:
-            p.sub_(smoothing / statistics.classes)
-        _add_ones_(p, top_class, sure, label.index, torch.ones_like(sure), smoothing)
+            p.sub_(smoothing / part.classes)
+        _add_ones_(p, top_class, sure, label.indices, torch.ones_like(sure), smoothing)
         return p
-    mass = statistics.mass * (1 - smoothing) + smoothing
-    q = label.probabilities.to(p.dtype)
-    left = q * -(1 - smoothing) - smoothing / statistics.classes
-    return p.mul_(mass).add_(_add_(left, top_class, sure * mass))
+    mass = part.mass * (1 - smoothing) + smoothing
+    less = label.probabilities.to(p.dtype) * (smoothing - 1) - smoothing / part.classes
+    return p.mul_(mass).add_(_add_(less, top_class, sure * mass))
 
 
 def _add_ones_(
