@@ -630,6 +630,7 @@ def test_label_log_prob_of_a_server_may_be_separate():
         ({"log_prob": torch.tensor([[2.0, 1.0]] * 2)}, ValueError, "more than 1, or NaN"),
         ({"log_prob": torch.full((2, 2), -1.0).half()}, TypeError, "log_prob must be float32"),
         ({"label_log_prob": torch.zeros(2).half()}, TypeError, "off by up to 0.07"),
+        ({"label_log_prob": torch.full((2,), -3.0)}, ValueError, "of different positions"),
         ({"label_log_prob": torch.zeros(3)}, ValueError, "(..., k), target and label_log_prob"),
         ({"index": torch.zeros(2, 2)}, TypeError, "index must be int32 or int64"),
         ({"target": torch.zeros(2)}, TypeError, "target must hold class indices"),

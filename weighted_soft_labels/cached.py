@@ -298,6 +298,12 @@ def from_topk(
         index = index.scatter(-1, at, index[..., :1])[..., 1:]
         log_prob = log_prob.scatter(-1, at, log_prob[..., :1])[..., 1:]
     label_log_prob = label_log_prob.detach()
+    again = (index == label) & (log_prob != -math.inf)
+    _refuse_rows(
+        kept & (again & _contradict(log_prob, label_log_prob.unsqueeze(-1))).any(-1),
+        "have entries of the label that contradict its log-probability: the two are of different "
+        "positions or temperatures",
+    )
     log_prob = log_prob.masked_fill(index == label, -math.inf)
     index = torch.cat((label, index), -1)
     log_prob = torch.cat((label_log_prob.unsqueeze(-1).to(log_prob.dtype), log_prob), -1)
@@ -339,7 +345,9 @@ def _check_topk(
     for name, x in tensors.items():
         check_kind(name, x)
         if x.device != index.device:
-            raise ValueError(f"{name} must be on the device of index, got {x.device}")
+            raise ValueError(
+                f"{name} must be on the device of index, {index.device}, got {x.device}"
+            )
     if index.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"index must be int32 or int64, got {index.dtype}")
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
@@ -593,7 +601,7 @@ def _check_numbers(cached: CachedTeacher, kept: Tensor, classes: int, temperatur
         )
     # Sampled counts (without log_rest) differ from the label's probability by chance.
     entry = log_prob[:, 0]
-    wrong = kept & some & ((entry - label_log_prob).abs() > SLACK + 0.01 * label_log_prob.abs())
+    wrong = kept & some & _contradict(entry, label_log_prob)
     if wrong.any():
         row = int(wrong.int().argmax())
         raise ValueError(
@@ -601,6 +609,11 @@ def _check_numbers(cached: CachedTeacher, kept: Tensor, classes: int, temperatur
             f"{float(label_log_prob[row]):.4f} and {float(entry[row]):.4f}. Both must be the "
             "label's log-probability at temperature 1"
         )
+
+
+def _contradict(entry: Tensor, label_log_prob: Tensor) -> Tensor:
+    """Return whether an entry differs from the label's by more than half precision explains."""
+    return (entry - label_log_prob).abs() > SLACK + 0.01 * label_log_prob.abs()
 
 
 # --- a chunk of rows ---
