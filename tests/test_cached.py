@@ -923,6 +923,26 @@ def test_errors_of_compress(changes, error, message):
         compress(teacher, **arguments)
 
 
+@LOSSES
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_row_that_is_not_checked_is_nan(function, temperature, monkeypatch):
+    """The checks are those of a CPU. A GPU, which does not wait for them, has the NaN."""
+    student, teacher, target = problem()
+    cached = compress(teacher, target, 5, temperature=temperature)
+    options = {"temperature": temperature, "reduction": "none"}
+    expected = step(function, student, cached, target, **options)
+    cached.index[0] = cached.index[0].roll(1)
+    cached.index[1, 1] = 10**6
+    cached.index[2, 0] = -1
+    for check in ("_check_indices", "_check_numbers"):
+        monkeypatch.setattr(module, check, lambda *_: None)
+    value, gradient = step(function, student, cached, target, **options)
+    assert value[:3].isnan().all()
+    assert gradient[:3].isnan().all()
+    torch.testing.assert_close(value[3:], expected[0][3:])
+    torch.testing.assert_close(gradient[3:], expected[1][3:])
+
+
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_a_misaligned_row_is_nan_without_waiting(device):
