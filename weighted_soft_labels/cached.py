@@ -47,7 +47,7 @@ __all__ = [
 STORED = (torch.float16, torch.bfloat16, torch.float32)
 # Rounding to bfloat16 moves a log-probability of -16 by 0.03. A wrong temperature moves more.
 SLACK = 0.1
-BLOCK = 2**20  # logits at a time on a CPU, so that they stay in the cache: six passes read them
+BLOCK = 2**21  # logits at a time on a CPU, so that the six passes over them read the cache
 
 
 class CachedTeacher(NamedTuple):
