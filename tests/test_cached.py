@@ -361,6 +361,18 @@ def test_masked_classes_and_infinite_losses_are_as_in_the_dense_loss():
     assert cached_wsl_loss(ruled_out, mass, torch.tensor([0]), temperature=1.0) == math.inf
 
 
+def test_label_that_both_models_rule_out_has_weight_1():
+    logits, target = torch.tensor([[-math.inf, 0.0, 1.0, 2.0]]), torch.tensor([0])
+    options = {"temperature": 1.0, "hard_weight": 0.0}
+    expected = step(wsl_loss, logits, logits, target, **options)
+    for k in (2, 4):
+        cached = compress(logits, target, k, temperature=1.0, dtype=torch.float32)
+        value, gradient = step(cached_wsl_loss, logits, cached, target, **options)
+        assert value.isfinite()
+        torch.testing.assert_close(gradient, expected[1])
+    torch.testing.assert_close(value, expected[0])
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("column", [0, 1, 40])
 def test_a_nan_poisons_its_own_row(column, value):
