@@ -365,7 +365,7 @@ def test_label_that_both_models_rule_out_has_weight_1():
     logits, target = torch.tensor([[-math.inf, 0.0, 1.0, 2.0]]), torch.tensor([0])
     options = {"temperature": 1.0, "hard_weight": 0.0}
     expected = step(wsl_loss, logits, logits, target, **options)
-    for k in (2, 4):
+    for k in (1, 2, 4):
         cached = compress(logits, target, k, temperature=1.0, dtype=torch.float32)
         value, gradient = step(cached_wsl_loss, logits, cached, target, **options)
         assert value.isfinite()

@@ -126,7 +126,7 @@ def cached_wsl_loss(
         >>> loss = cached_wsl_loss(student_logits, cached, target, temperature=1.0)
         >>> loss.backward()
         >>> print(f"{loss.item():.3f}")
-        1.851
+        1.388
     """
     options = check_options(
         Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
