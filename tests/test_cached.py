@@ -357,6 +357,8 @@ def test_masked_classes_and_infinite_losses_are_as_in_the_dense_loss():
     mass = compress(torch.zeros(1, 4), torch.tensor([0]), 2, temperature=1.0)
     mass = mass._replace(index=torch.tensor([[0, 1]]))
     assert cached_wsl_loss(only, mass, torch.tensor([0]), temperature=1.0) == math.inf
+    options = {"temperature": 1.0, "alpha": 0.0}  # a term with scale 0 is left out
+    assert cached_wsl_loss(only, mass, torch.tensor([0]), **options).isfinite()
     ruled_out = torch.tensor([[-math.inf, 0.0, 0.0, 0.0]])
     assert cached_wsl_loss(ruled_out, mass, torch.tensor([0]), temperature=1.0) == math.inf
 
