@@ -41,7 +41,7 @@ def distill(
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
     loss: Tensor
-    if not group and _unobserved(student, teacher, target):
+    if not group and unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
         if student.requires_grad and torch.is_grad_enabled():
             loss = EagerLoss.apply(student, teacher, target, options, backend)
@@ -64,7 +64,7 @@ _included = torch._C._dispatch_tls_is_dispatch_key_included
 _PYTHON, _PRE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDispatch
 
 
-def _unobserved(*tensors: Tensor) -> bool:
+def unobserved(*tensors: Tensor) -> bool:
     """Return whether no compiler, transform or tensor subclass intercepts operators.
 
     Then `distill` skips the dispatcher, which takes about 12 us a step.
@@ -221,7 +221,7 @@ class SavedGradients(Function):
         for i, gradient in enumerate(gradients, 1):
             if not ctx.needs_input_grad[i]:
                 continue
-            observed = torch.is_grad_enabled() or not _unobserved(gradient, upstream)
+            observed = torch.is_grad_enabled() or not unobserved(gradient, upstream)
             if observed or _shared(gradient):
                 gradient = multiplied(gradient, upstream, scale, loss)
             else:

@@ -8,12 +8,14 @@ a chunk is computed by the backend that `wsl_loss` would use.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
@@ -139,6 +141,21 @@ def _check(
     student: Head, teacher: Head, target: Tensor, options: Options, settings: Settings
 ) -> tuple[Options, Settings]:
     options = check_options(options)
+    settings = check_settings(settings, target)
+    sharded = settings.group is not None
+    student_logits = check_head("student", student, settings.product, sharded)
+    teacher_logits = check_head("teacher", teacher, settings.product, sharded)
+    if not sharded and len(student.weight) != len(teacher.weight):
+        raise ValueError(
+            "student_weight and teacher_weight must have the same number of classes, got "
+            f"{len(student.weight)} and {len(teacher.weight)}: slice the one that is padded, "
+            "weight[:classes]"
+        )
+    parallel.check_sharded(student_logits, teacher_logits, target)
+    return options, settings
+
+
+def check_settings(settings: Settings, target: Tensor) -> Settings:
     chunk_size, group = settings.chunk_size, settings.group
     if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
         raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
@@ -146,22 +163,13 @@ def _check(
     product = None
     if kind != "meta" and torch.is_autocast_enabled(kind):  # raises for meta
         product = torch.get_autocast_dtype(kind)
-    student_logits = _check_head("student", student, product, group is not None)
-    teacher_logits = _check_head("teacher", teacher, product, group is not None)
-    if group is None and len(student.weight) != len(teacher.weight):
-        raise ValueError(
-            "student_weight and teacher_weight must have the same number of classes, got "
-            f"{len(student.weight)} and {len(teacher.weight)}: slice the one that is padded, "
-            "weight[:classes]"
-        )
-    parallel.check_sharded(student_logits, teacher_logits, target)
     names = "student_logit_scale", "teacher_logit_scale", "student_softcap", "teacher_softcap"
     scales: list[Any] = [
         None if value is None and name.endswith("softcap") else _positive(name, value)
         for name, value in zip(names, settings)
     ]
     student_scale, teacher_scale, *softcaps = scales
-    return options, Settings(
+    return Settings(
         student_scale, teacher_scale, softcaps[0], softcaps[1], chunk_size, group, product
     )
 
@@ -173,7 +181,7 @@ def _positive(name: str, value: Any) -> float:
     return number
 
 
-def _check_head(name: str, head: Head, product: torch.dtype | None, sharded: bool) -> Tensor:
+def check_head(name: str, head: Head, product: torch.dtype | None, sharded: bool) -> Tensor:
     """Return what stands for the logits: their shape, dtype and device without their memory."""
     x, weight, bias = head
     for field, tensor in zip(Head._fields, head):
@@ -260,7 +268,7 @@ class Buffers(NamedTuple):
     gradient: Tensor
 
 
-def _buffers(student: Head, settings: Settings, largest: int, dtype: torch.dtype) -> Buffers:
+def buffers_of(student: Head, settings: Settings, largest: int, dtype: torch.dtype) -> Buffers:
     rows, width = student.input.shape
     # Kernels on a GPU read logits again after they have begun the gradient. A softcap needs them
     # after the gradient. Otherwise the gradient takes the place of the student's logits.
@@ -296,28 +304,55 @@ def _chunks(
     shard, largest = joined
     dtype = torch.promote_types(student.input.dtype, teacher.input.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    buffers = _buffers(student, settings, largest, dtype)
-    size, rows = len(buffers.student), len(target)
-    losses = target.new_empty(rows, dtype=dtype)
-    totals = [
-        losses.new_empty(x.shape if x is not None and want else 0)
-        for x, want in zip(student, wanted)
-    ]
-    kept = target != options.ignore_index
+    buffers = buffers_of(student, settings, largest, dtype)
     each = options._replace(reduction="none")
-    cap = settings.student_softcap
-    for start in range(0, rows, size):
-        part = slice(start, start + size)
-        s, t, g = (x[: rows - start] for x in buffers)
-        # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
-        chunk = student._replace(input=student.input[part].where(kept[part, None], 0))
-        _form_logits(s, chunk, settings.student_scale, cap)
+
+    def loss_of(part: slice, s: Tensor, g: Tensor | None) -> Tensor:
+        t = buffers.teacher[: len(s)]
         teacher_chunk = teacher._replace(input=teacher.input[part])
         _form_logits(t, teacher_chunk, settings.teacher_scale, settings.teacher_softcap)
         run = partial(eager.run, shard=shard)
         if shard is None:
             run = backends.choose(s, t, target).run
-        losses[part] = run(s, t, target[part], each, g if any(wanted) else None)
+        return run(s, t, target[part], each, g)
+
+    kept = target != options.ignore_index
+    losses, totals = accumulate(student, kept, upstream, wanted, settings, buffers, loss_of)
+    if shard is not None and wanted[0]:
+        shard.all_reduce(totals[0])
+    return losses, totals
+
+
+def accumulate(
+    student: Head,
+    kept: Tensor,
+    upstream: Tensor | None,
+    wanted: list[bool],
+    settings: Settings,
+    buffers: Buffers,
+    loss_of: Callable[[slice, Tensor, Tensor | None], Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss of every row, and the gradients of their sum weighted by `upstream`.
+
+    Args:
+        kept: Rows that are not ignored, (N,).
+        loss_of: Takes a slice of rows, the student's logits of these rows, and memory for their
+            gradient or None, which may be the memory of the logits. Returns the losses.
+    """
+    size, rows = len(buffers.student), len(kept)
+    losses = buffers.student.new_empty(rows)
+    totals = [
+        losses.new_empty(x.shape if x is not None and want else 0)
+        for x, want in zip(student, wanted)
+    ]
+    cap = settings.student_softcap
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        s, g = (x[: rows - start] for x in (buffers.student, buffers.gradient))
+        # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
+        chunk = student._replace(input=student.input[part].where(kept[part, None], 0))
+        _form_logits(s, chunk, settings.student_scale, cap)
+        losses[part] = loss_of(part, s, g if any(wanted) else None)
         if upstream is not None:
             g.mul_(upstream[part, None])
         if cap is not None and any(wanted):
@@ -325,8 +360,6 @@ def _chunks(
         _add_gradients(totals, wanted, chunk, g, part)
     if rows == 0:
         totals = [total.zero_() for total in totals]
-    if shard is not None and wanted[0]:
-        shard.all_reduce(totals[0])
     return losses, totals
 
 
@@ -364,19 +397,12 @@ def _forward(
     *others: Any,
 ) -> tuple[Tensor, ...]:
     """Return loss, scale (none) and gradients. Reduction "none" has them for `upstream` alone."""
-    options, settings = _split(others)
+    options, settings = split(others)
     parameters: Any = student_input, student_weight, student_bias
     tensors = (*parameters, teacher_input, teacher_weight, teacher_bias, target)
     tensors = parallel.checked(settings.group, _in_memory, *tensors)
     target = signed(tensors.pop()).long()
-    product = settings.product
-    cast = [
-        x
-        if product is None or x is None or x.dtype == torch.float64 or x.dim() == 1
-        else x.to(product)
-        for x in tensors
-    ]
-    student, teacher = Head(*cast[:3]), Head(*cast[3:])
+    student, teacher = (cast(Head(*head), settings.product) for head in (tensors[:3], tensors[3:]))
     classes = len(student_weight), len(teacher_weight)
     joined: tuple[eager.Shard | None, int] = None, classes[0]
     if settings.group is not None:
@@ -385,6 +411,26 @@ def _forward(
         agreed = options, unlike, dtypes, student_input.shape[1], wanted[0], upstream is None
         joined = parallel.join(settings.group, target, classes, options.ignore_index, agreed)
     losses, totals = _chunks(student, teacher, target, upstream, wanted, options, settings, joined)
+    return finished(losses, totals, parameters, target, wanted, options, settings)
+
+
+def cast(head: Head, product: torch.dtype | None) -> Head:
+    """Return input and weight in the dtype in which autocast multiplies matrices."""
+    if product is None or head.input.dtype == torch.float64:
+        return head
+    return head._replace(input=head.input.to(product), weight=head.weight.to(product))
+
+
+def finished(
+    losses: Tensor,
+    totals: list[Tensor],
+    parameters: Any,
+    target: Tensor,
+    wanted: list[bool],
+    options: Options,
+    settings: Settings,
+) -> tuple[Tensor, ...]:
+    """Return what the operator returns, of the losses of rows and the gradients of their sum."""
     mean = options.reduction == "mean"
     kept = (target != options.ignore_index).sum().to(losses.dtype)
     if mean or settings.student_scale != 1:
@@ -399,7 +445,7 @@ def _forward(
     return losses, losses.new_empty(0), *gradients
 
 
-def _split(others: tuple[Any, ...]) -> tuple[Options, Settings]:
+def split(others: tuple[Any, ...]) -> tuple[Options, Settings]:
     last = len(Options._fields)
     return Options(*others[:last]), Settings(*others[last:])
 
@@ -426,14 +472,24 @@ def _fake(
     wanted: list[bool],
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    options, _ = _split(others)
     wide = torch.float64 in (student_input.dtype, teacher_input.dtype)
+    parameters = student_input, student_weight, student_bias
+    return fake_outputs(parameters, target, wanted, wide, others)
+
+
+def fake_outputs(
+    parameters: Any,
+    target: Tensor,
+    wanted: list[bool],
+    wide: bool,
+    others: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    options, _ = split(others)
     shape = target.shape if options.reduction == "none" else ()
     loss = target.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-    student: Any = student_input, student_weight, student_bias
     gradients = [
         loss.new_empty(x.shape, dtype=_saved_dtype(x)) if want else loss.new_empty(0)
-        for x, want in zip(student, wanted)
+        for x, want in zip(parameters, wanted)
     ]
     return loss, loss.new_empty(0), *gradients
 
@@ -448,13 +504,19 @@ class Recomputed(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, tensors: tuple[Any, ...], wanted: list[bool], others: Any, *student: Any
+        ctx: Any,
+        operator: Any,
+        tensors: tuple[Any, ...],
+        wanted: list[bool],
+        others: Any,
+        *student: Any,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            operators = torch.ops.weighted_soft_labels
-            loss: Tensor = operators.linear_loss(*tensors, None, [False] * 3, *others)[0]
-            copies = operators.copies([x for x in tensors if x is not None])
-        ctx.absent = [x is None for x in tensors]
+            loss: Tensor = operator(*tensors, None, [False] * 3, *others)[0]
+            flat, ctx.spec = tree_flatten(tensors)
+            copies = torch.ops.weighted_soft_labels.copies([x for x in flat if x is not None])
+        ctx.operator = operator
+        ctx.absent = [x is None for x in flat]
         ctx.wanted, ctx.others = wanted, others
         ctx.save_for_backward(loss, *copies)
         return loss
@@ -464,10 +526,10 @@ class Recomputed(Function):
         _operator.refuse_batched(upstream)
         loss, *copies = ctx.saved_tensors
         present = iter(copies)
-        tensors: list[Any] = [None if absent else next(present) for absent in ctx.absent]
+        flat = [None if absent else next(present) for absent in ctx.absent]
+        tensors = tree_unflatten(flat, ctx.spec)
         with torch._C._AutoDispatchBelowAutograd():
-            operator = torch.ops.weighted_soft_labels.linear_loss
-            gradients = operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
+            gradients = ctx.operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
         results: list[Tensor | None] = [None] * 3
         for i, gradient in enumerate(gradients):
             if ctx.wanted[i]:
@@ -475,7 +537,7 @@ class Recomputed(Function):
                 if torch.is_grad_enabled():
                     refuse = _operator.RefuseSecondDerivative.apply
                     results[i] = refuse(results[i], loss, upstream)
-        return None, None, None, *results
+        return None, None, None, None, *results
 
 
 def _autograd(
@@ -490,20 +552,30 @@ def _autograd(
     wanted: list[bool],
     *others: Any,
 ) -> tuple[Tensor, ...]:
+    student = student_input, student_weight, student_bias
+    tensors = *student, teacher_input, teacher_weight, teacher_bias, target
+    operator = torch.ops.weighted_soft_labels.linear_loss.default
+    return differentiable(operator, tensors, upstream, wanted, others)
+
+
+def differentiable(
+    operator: Any,
+    tensors: tuple[Any, ...],
+    upstream: Tensor | None,
+    wanted: list[bool],
+    others: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """Wrap an operator whose first three tensors are the student's parameters."""
     if torch._C._are_functorch_transforms_active():
         _operator.refuse_transforms()
-    grad = torch.is_grad_enabled()
-    student = student_input, student_weight, student_bias
+    grad, student = torch.is_grad_enabled(), tensors[:3]
     wanted = [
         want or (grad and x is not None and x.requires_grad) for want, x in zip(wanted, student)
     ]
-    teacher = teacher_input, teacher_weight, teacher_bias
-    tensors = *student, *teacher, target
-    options, _ = _split(others)
+    options, _ = split(others)
     if options.reduction == "none" and upstream is None and any(wanted):
-        loss = Recomputed.apply(tensors, wanted, others, *student)
+        loss = Recomputed.apply(operator, tensors, wanted, others, *student)
         return loss, *(loss.new_empty(0) for _ in range(4))
-    operator = torch.ops.weighted_soft_labels.linear_loss.default
     outputs: tuple[Tensor, ...] = _operator.SavedGradients.apply(
         operator, *tensors, upstream, wanted, *others
     )
@@ -518,13 +590,15 @@ def _fake_copies(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x) for x in tensors]
 
 
+STUDENT = "Tensor student_input, Tensor student_weight, Tensor? student_bias"
+OTHERS = (
+    f"Tensor target, Tensor? upstream, bool[] wanted, {_operator.OPTIONS}, float student_scale, "
+    "float teacher_scale, float? student_softcap, float? teacher_softcap, int? chunk_size, "
+    "str? group, ScalarType? product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 _operator.define(
     "linear_loss",
-    "Tensor student_input, Tensor student_weight, Tensor? student_bias, Tensor teacher_input, "
-    "Tensor teacher_weight, Tensor? teacher_bias, Tensor target, Tensor? upstream, bool[] wanted, "
-    f"{_operator.OPTIONS}, float student_scale, float teacher_scale, float? student_softcap, "
-    "float? teacher_softcap, int? chunk_size, str? group, ScalarType? product"
-    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{STUDENT}, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, {OTHERS}",
     _forward,
     _fake,
     _autograd,
