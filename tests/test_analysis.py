@@ -878,3 +878,13 @@ def test_compiled_code_cannot_raise_for_an_index_that_names_no_class():
         assert value.isnan().tolist() == [False, False, True, True, False, False]
         torch.testing.assert_close(value[kept], expected[kept])
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("function", [regularization_samples, wsl_terms])
+def test_a_target_whose_storage_was_resized_is_an_error(function):
+    logits, target = torch.zeros(2, 3), torch.tensor([0, 1])
+    target.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="target must lie in its storage"):
+        function(logits, logits, target)
+    with pytest.raises(ValueError, match="target must lie in its storage"):
+        bias_variance(logits[None], target)

@@ -16,7 +16,7 @@ from test_loss import STRIDED, problem
 import weighted_soft_labels
 from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
-from weighted_soft_labels.backends import choose, eager, use_backend
+from weighted_soft_labels.backends import choose, eager, forced, use_backend
 
 needs_kernel = pytest.mark.skipif(not BUILT, reason="the C kernel is not built")
 needs_triton = pytest.mark.skipif(not TRITON, reason="Triton is not installed")
@@ -132,7 +132,7 @@ for _ in range(2):
 
 @needs_kernel
 def test_compiled_code_obeys_at_run_time(monkeypatch):
-    """The operator is opaque: the compiled code chooses at every call."""
+    """Forcing a backend outside of compiled code holds in it, at once and until it ends."""
     torch._dynamo.reset()
     function = torch.compile(wsl_loss, fullgraph=True)
     expected = step(function, STUDENT, TEACHER, TARGET)
@@ -141,13 +141,32 @@ def test_compiled_code_obeys_at_run_time(monkeypatch):
     monkeypatch.setattr(eager, "run", lambda *arguments: calls.append(1) or run(*arguments))
     torch.testing.assert_close(step(function, STUDENT, TEACHER, TARGET), expected)
     assert calls == []
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with use_backend("eager"):
+        torch.testing.assert_close(step(function, STUDENT, TEACHER, TARGET), expected)
+    assert calls
+    calls.clear()
+    step(function, STUDENT, TEACHER, TARGET)
+    assert not calls
+
+
+@needs_kernel
+def test_a_backend_forced_within_compiled_code_runs(monkeypatch):
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True)
+    def function(student):
         with use_backend("eager"):
-            torch.testing.assert_close(step(function, STUDENT, TEACHER, TARGET), expected)
-        assert calls
-        calls.clear()
-        step(function, STUDENT, TEACHER, TARGET)
-        assert not calls
+            forced = wsl_loss(student, TEACHER, TARGET)
+        return forced, wsl_loss(student, TEACHER, TARGET)
+
+    calls = []
+    run = eager.run
+    monkeypatch.setattr(eager, "run", lambda *arguments: calls.append(1) or run(*arguments))
+    with use_backend("eager"):
+        wsl_loss(STUDENT, TEACHER, TARGET)
+    once = len(calls)
+    function(STUDENT)
+    assert len(calls) == 2 * once
 
 
 # --- a backend that cannot be loaded ---
@@ -249,3 +268,12 @@ def test_terms_are_the_same_in_every_layout_on_every_backend(layout, backend):
     terms = wsl_terms(STRIDED[layout](student), teacher, target)
     for term, exact in zip(terms, exact_terms(STRIDED[layout](student), teacher, target)):
         torch.testing.assert_close(term.double(), exact.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_use_backend_object_can_be_entered_twice():
+    block = use_backend("eager")
+    block.__exit__()
+    for _ in range(2):
+        with block:
+            assert choose(STUDENT, TEACHER, TARGET) is eager
+        assert forced() == "auto"

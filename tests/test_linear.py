@@ -404,14 +404,18 @@ def test_accumulation_over_a_global_token_count():
         (
             {"student_logit_scale": 0.0},
             ValueError,
-            "student_logit_scale must be finite and > 0, got 0.0",
+            "student_logit_scale must be finite and > 0, from 1e-15 to 1e15, got 0.0",
         ),
         (
             {"teacher_logit_scale": None},
             ValueError,
             "teacher_logit_scale must be a number, got None",
         ),
-        ({"student_softcap": -1}, ValueError, "student_softcap must be finite and > 0, got -1"),
+        (
+            {"student_softcap": -1},
+            ValueError,
+            "student_softcap must be finite and > 0, from 1e-15",
+        ),
         ({"teacher_softcap": float("inf")}, ValueError, "teacher_softcap must be finite and > 0"),
     ],
 )
@@ -431,14 +435,23 @@ def test_same_backend_as_the_loss(monkeypatch):
     chosen = []
     original = backends.choose
 
-    def choose(student, teacher, target):
+    def choose(student, *others):
         chosen.append((student.shape, student.dtype))
-        return original(student, teacher, target)
+        return original(student, *others)
 
     monkeypatch.setattr(backends, "choose", choose)
     with torch.no_grad():
         linear_wsl_loss(**problem(torch.bfloat16), chunk_size=8)
     assert chosen == [((8, CLASSES), torch.float32), ((5, CLASSES), torch.float32)]
+
+
+def test_nan_from_a_sequence_that_is_all_ignored_does_not_reach_the_weight():
+    """A mean per sequence is NaN for a sequence without labels, and nanmean leaves the NaN out."""
+    states, weight = torch.randn(2, 3, 4), torch.randn(5, 4, requires_grad=True)
+    target = torch.tensor([[1, 2, 3], [-100] * 3])
+    loss = linear_wsl_loss(states, weight, states, weight, target, reduction="none")
+    (loss.sum(1) / (target != -100).sum(1)).nanmean().backward()
+    assert weight.grad.isfinite().all()
 
 
 def test_as_the_last_layer_of_a_module():

@@ -348,6 +348,37 @@ def test_nothing_to_average_is_what_cross_entropy_makes_of_it(shape, probabiliti
     assert gradient.shape == shape
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("upstream", [NAN, INF])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_an_upstream_gradient_that_is_not_finite_stays_out_of_ignored_elements(dtype, upstream):
+    student, teacher, target = problem((4, 6), dtype=dtype)
+    target[1] = -100
+    incoming = torch.ones(4)
+    incoming[1] = upstream
+    _, gradient = step(wsl_loss, student, teacher, target, reduction="none", upstream=incoming)
+    assert gradient[1].eq(0).all()
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.usefixtures("backend")
+def test_float16_gradient_of_probabilities_of_any_sum_does_not_overflow():
+    student = torch.zeros(2, 8, dtype=torch.float16)
+    student[:, 7] = 12
+    target = torch.zeros(2, 8)
+    target[:, :3] = 1
+    assert_as_reference(student, torch.zeros(2, 8), target, alpha=0.0)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("classes", [5, 9000])
+def test_a_row_without_classes_is_nan(classes):
+    student, teacher, target = problem((3, classes))
+    student[1] = -INF
+    loss = wsl_loss(student, teacher, target, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
+
+
 def test_everything_ignored():
     student, teacher, target = problem((4, 5))
     target[:] = -100

@@ -488,6 +488,20 @@ def test_what_is_refused_names_the_reference(transformed):
         transformed(lambda student: wsl_loss(student, TEACHER, TARGET))
 
 
+def test_forward_mode_is_refused_though_the_student_does_not_require_grad():
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(STUDENT, torch.ones_like(STUDENT))
+        with pytest.raises(NotImplementedError, match=r"weighted_soft_labels\.reference"):
+            wsl_loss(dual, TEACHER, TARGET)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_records_the_operator():
+    zeros = torch.zeros_like(STUDENT)
+    traced = torch.jit.trace(lambda *inputs: wsl_loss(*inputs), (zeros, zeros, TARGET))
+    torch.testing.assert_close(traced(STUDENT, TEACHER, TARGET), EXPECTED[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("to", ["student", "loss weights"])

@@ -329,9 +329,10 @@ def define(name: str, schema: str, run: Any, fake: Any, autograd: Any) -> None:
 def operator_forward(
     student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
 ) -> tuple[Tensor, ...]:
-    *options, backend = others
-    run = backends.choose(student, teacher, target, backend).run
-    return tensors_only(*form(student, teacher, target, wanted, Options(*options), run))
+    number = len(Options._fields)
+    # The dispatcher leaves out a last argument that has its default value.
+    run = backends.choose(student, teacher, target, *others[number:]).run
+    return tensors_only(*form(student, teacher, target, wanted, Options(*others[:number]), run))
 
 
 def tensors_only(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:

@@ -92,14 +92,15 @@ def to_int(name: str, value: Any) -> int:
 
 
 def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:
-    boolean = str(getattr(value, "dtype", type(value))).removeprefix("torch.")
-    legal = boolean != "bool" and not isinstance(value, (bool, str, bytes))
     if torch.compiler.is_compiling() and hasattr(value, "dtype"):
         kind = type(value).__name__
         raise ValueError(f"{name} must be {expected} of Python in compiled code, got a {kind}")
+    dtype = str(getattr(value, "dtype", None))
+    legal = "bool" not in dtype and not isinstance(value, (bool, str, bytes))
     if isinstance(value, Tensor):
         expected += " (or a 0-dim tensor on the CPU that does not require grad)"
-        legal = value.dim() == 0 and value.device.type == "cpu" and not value.requires_grad
+        constant = value.dim() == 0 and not value.requires_grad
+        legal = legal and constant and value.device.type == "cpu"
     try:
         if legal:
             return convert(value)

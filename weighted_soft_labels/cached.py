@@ -177,7 +177,7 @@ def cached_linear_wsl_loss(
         Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     )
     scales = student_logit_scale, 1.0, student_softcap, None
-    settings = linear.check_settings(linear.Settings(*scales, chunk_size, None, None), target)
+    settings = linear.check_settings(linear.Settings(*scales, chunk_size, None), target)
     student = linear.Head(student_input, student_weight, student_bias)
     logits = linear.check_head("student", student, settings.product, False)
     _check_logits("student_logits", logits, target)

@@ -7,7 +7,6 @@ a chunk is computed by the backend that `wsl_loss` would use.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from weighted_soft_labels._options import (
     in_memory,
     signed,
     to_float,
+    to_int,
 )
 from weighted_soft_labels.backends import eager
 
@@ -96,7 +96,7 @@ def linear_wsl_loss(
     name = None if group is None else parallel.group_name(group)
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     scales = student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap
-    settings = Settings(*scales, chunk_size, name, None)
+    settings = Settings(*scales, chunk_size, name)
     checks = student, teacher, target, options, settings
     options, settings = parallel.checked(name, _check, *checks)
     rows = target.numel()
@@ -131,7 +131,8 @@ class Settings(NamedTuple):
     teacher_softcap: float | None
     chunk_size: int | None
     group: str | None
-    product: torch.dtype | None  # of the matrix products under autocast
+    product: torch.dtype | None = None  # of the matrix products under autocast
+    backend: str = "auto"  # what `use_backend` forced when code was compiled
 
 
 # --- checks ---
@@ -157,8 +158,10 @@ def _check(
 
 def check_settings(settings: Settings, target: Tensor) -> Settings:
     chunk_size, group = settings.chunk_size, settings.group
-    if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
+    if chunk_size is not None:
+        chunk_size = to_int("chunk_size", chunk_size)
+        if not 1 <= chunk_size < 2**63:
+            raise ValueError(f"chunk_size must be an int >= 1 or None, got {chunk_size!r}")
     kind = target.device.type if isinstance(target, Tensor) else "cpu"
     product = None
     if kind != "meta" and torch.is_autocast_enabled(kind):  # raises for meta
@@ -168,16 +171,17 @@ def check_settings(settings: Settings, target: Tensor) -> Settings:
         None if value is None and name.endswith("softcap") else _positive(name, value)
         for name, value in zip(names, settings)
     ]
-    student_scale, teacher_scale, *softcaps = scales
+    student_scale, teacher_scale, *caps = scales
+    forced = backends.forced()
     return Settings(
-        student_scale, teacher_scale, softcaps[0], softcaps[1], chunk_size, group, product
+        student_scale, teacher_scale, caps[0], caps[1], chunk_size, group, product, forced
     )
 
 
 def _positive(name: str, value: Any) -> float:
     number = to_float(name, value)
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be finite and > 0, got {value!r}")
+    if not 1e-15 <= number <= 1e15:  # their squares fit into float32
+        raise ValueError(f"{name} must be finite and > 0, from 1e-15 to 1e15, got {value!r}")
     return number
 
 
@@ -313,7 +317,7 @@ def _chunks(
         _form_logits(t, teacher_chunk, settings.teacher_scale, settings.teacher_softcap)
         run = partial(eager.run, shard=shard)
         if shard is None:
-            run = backends.choose(s, t, target).run
+            run = backends.choose(s, t, target[part], settings.backend).run
         return run(s, t, target[part], each, g)
 
     kept = target != options.ignore_index
@@ -354,7 +358,7 @@ def accumulate(
         _form_logits(s, chunk, settings.student_scale, cap)
         losses[part] = loss_of(part, s, g if any(wanted) else None)
         if upstream is not None:
-            g.mul_(upstream[part, None])
+            g.mul_(upstream[part, None].where(kept[part, None], 0))
         if cap is not None and any(wanted):
             g.mul_(s.square_().mul_(-1 / cap**2).add_(1))  # the derivative of cap * tanh(x / cap)
         _add_gradients(totals, wanted, chunk, g, part)
@@ -594,7 +598,8 @@ STUDENT = "Tensor student_input, Tensor student_weight, Tensor? student_bias"
 OTHERS = (
     f"Tensor target, Tensor? upstream, bool[] wanted, {_operator.OPTIONS}, float student_scale, "
     "float teacher_scale, float? student_softcap, float? teacher_softcap, int? chunk_size, "
-    "str? group, ScalarType? product) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    'str? group, ScalarType? product, str backend="auto"'
+    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 _operator.define(
     "linear_loss",
