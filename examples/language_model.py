@@ -78,7 +78,7 @@ from weighted_soft_labels.cached import CachedTeacher, cached_wsl_loss, compress
 
 IGNORED = -100
 COLORS = {"ce": "#6b6b6b", "kd": "#0072b2", "wsl": "#d55e00"}
-SHARD = 1000  # batches in a file of the cache; --resume skips complete files
+SHARD = 1000  # rows in a file of the cache; --resume skips complete files
 COLUMNS = Features(
     input_ids=List(Value("int32")),  # n tokens
     index=List(Value("int32")),  # (n - 1) * k
@@ -465,7 +465,8 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
 
 def check_settings(documents: list[str], args: argparse.Namespace) -> None:
     """Refuse to continue a run with other options or another text: the cache would not fit."""
-    settings = {name: str(value) for name, value in vars(args).items() if name != "resume"}
+    settings = {name: str(value) for name, value in vars(args).items()}
+    del settings["resume"], settings["out"]
     settings["text"] = digest("".join(documents))
     path = args.out / "settings.json"
     if path.exists():
@@ -492,7 +493,8 @@ def main(words: list[str] | None = None) -> None:
     trained_here = args.teacher is None
     if trained_here:
         args.teacher = str(args.out / "teacher")
-        if accelerator.is_main_process:
+        trained = Path(args.teacher, "tokenizer.json").exists()
+        if accelerator.is_main_process and not trained:
             train_tokenizer(documents, args.vocabulary).save_pretrained(args.teacher)
         accelerator.wait_for_everyone()
     tokenizer = AutoTokenizer.from_pretrained(args.teacher)
