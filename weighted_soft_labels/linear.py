@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
@@ -512,9 +513,10 @@ class Recomputed(Function):
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
             loss: Tensor = operator(*tensors, None, [False] * 3, *others)[0]
-            copies = torch.ops.weighted_soft_labels.copies([x for x in tensors if x is not None])
+            flat, ctx.spec = tree_flatten(tensors)
+            copies = torch.ops.weighted_soft_labels.copies([x for x in flat if x is not None])
         ctx.operator = operator
-        ctx.absent = [x is None for x in tensors]
+        ctx.absent = [x is None for x in flat]
         ctx.wanted, ctx.others = wanted, others
         ctx.save_for_backward(loss, *copies)
         return loss
@@ -524,7 +526,8 @@ class Recomputed(Function):
         _operator.refuse_batched(upstream)
         loss, *copies = ctx.saved_tensors
         present = iter(copies)
-        tensors: list[Any] = [None if absent else next(present) for absent in ctx.absent]
+        flat = [None if absent else next(present) for absent in ctx.absent]
+        tensors = tree_unflatten(flat, ctx.spec)
         with torch._C._AutoDispatchBelowAutograd():
             gradients = ctx.operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
         results: list[Tensor | None] = [None] * 3
