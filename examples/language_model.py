@@ -245,19 +245,24 @@ def load_checkpoint(folder: Path, accelerator: Accelerator) -> int:
 
 def make_cache(rows: Dataset, accelerator: Accelerator, args: argparse.Namespace) -> Dataset:
     """Return the rows with the teacher's columns. Files that are complete are not made again."""
-    folder = args.out / "cache"
-    folder.mkdir(exist_ok=True)
+    if accelerator.is_main_process:
+        args.cache.mkdir(parents=True, exist_ok=True)
+        names = ("teacher", "text", "length", "cache_tokens", "k", "misalign")
+        check_settings(args.cache, {name: getattr(args, name) for name in names})
+    accelerator.wait_for_everyone()
     teacher = None
     starts = range(0, len(rows), SHARD)
     for start in starts[accelerator.process_index :: accelerator.num_processes]:
-        path = folder / f"{start:09d}.arrow"
+        path = args.cache / f"{start:09d}.arrow"
         if not path.exists():
             if teacher is None:
-                teacher = load(args.teacher, accelerator, dtype="auto")
+                teacher = load(args.teacher, accelerator)
             shard = rows.select(range(start, min(start + SHARD, len(rows))))
             write_shard(teacher, shard, path, args)
     accelerator.wait_for_everyone()
-    files = [Dataset.from_file(str(folder / f"{start:09d}.arrow")) for start in starts]
+    files = [Dataset.from_file(str(args.cache / f"{start:09d}.arrow")) for start in starts]
+    sample = torch.cat([torch.tensor(x) for x in files[0]["log_rest"]])
+    accelerator.print(f"{sample.exp().mean():.1%} of the teacher's mass is outside the k classes")
     return concatenate_datasets(files).with_format("numpy")
 
 
@@ -335,8 +340,8 @@ def bits_per_byte(
     return accelerator.reduce(nats).item() / math.log(2) / size
 
 
-def load(name: str, accelerator: Accelerator, **options: Any) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(name, **options)
+def load(name: str, accelerator: Accelerator) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     return model.to(accelerator.device).eval()
 
 
@@ -379,6 +384,19 @@ def make_teacher(documents: list[str], accelerator: Accelerator, args: argparse.
     if accelerator.is_main_process:
         model.save_pretrained(args.teacher)
     accelerator.wait_for_everyone()
+
+
+def evaluate_teacher(
+    held_out: list[str], accelerator: Accelerator, args: argparse.Namespace
+) -> float:
+    """Return bits per byte, which the cache keeps: later runs need no teacher."""
+    result = args.cache / "teacher.json"
+    if not result.exists():
+        bits = bits_per_byte(load(args.teacher, accelerator), held_out, accelerator, args)
+        if accelerator.is_main_process:
+            result.write_text(json.dumps({"bits_per_byte": bits}))
+        accelerator.wait_for_everyone()
+    return json.loads(result.read_text())["bits_per_byte"]
 
 
 def make_student(
@@ -440,6 +458,7 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     add("--student", help="name or folder with the teacher's tokenizer; default: a small Llama")
     add("--data", type=Path, nargs="+", help="text or .jsonl; default: Python's standard library")
     add("--out", type=Path, default=Path("runs/language_model"), help="(runs/language_model)")
+    add("--cache", type=Path, help="folder of the teacher's numbers; default: cache in --out")
     add("--resume", action="store_true", help="continue the run in --out")
     add("--methods", nargs="+", choices=COLORS, default=list(COLORS), help="(ce kd wsl)")
     add("--seeds", type=int, default=3, help="students of each method (3)")
@@ -460,22 +479,20 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(words)
     if args.out.exists() and any(args.out.iterdir()) and not args.resume:
         parser.error(f"{args.out} has a run: pass --resume, or another --out")
+    args.cache = args.cache or args.out / "cache"
     return args
 
 
-def check_settings(documents: list[str], args: argparse.Namespace) -> None:
-    """Refuse to continue a run with other options or another text: the cache would not fit."""
-    settings = {name: str(value) for name, value in vars(args).items()}
-    del settings["resume"], settings["out"]
-    settings["text"] = digest("".join(documents))
-    path = args.out / "settings.json"
-    if path.exists():
-        saved = json.loads(path.read_text())
-        differ = [name for name in settings if settings[name] != saved.get(name)]
-        if differ:
-            raise ValueError(f"the run in {args.out} has another {', '.join(differ)}")
-    else:
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Refuse to continue with other options or another text."""
+    settings = {name: str(value) for name, value in settings.items()}
+    path = folder / "settings.json"
+    if not path.exists():
         path.write_text(json.dumps(settings, indent=1))
+    saved = json.loads(path.read_text())
+    differ = [name for name in settings if settings[name] != saved.get(name)]
+    if differ:
+        raise ValueError(f"{folder} was made with another {', '.join(differ)}")
 
 
 def main(words: list[str] | None = None) -> None:
@@ -484,9 +501,11 @@ def main(words: list[str] | None = None) -> None:
     accelerator.wait_for_everyone()  # before another process writes into --out
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = read(args.data or sorted(library.glob("*.py")))
+    args.text = digest("".join(documents))
     if accelerator.is_main_process:
         args.out.mkdir(parents=True, exist_ok=True)
-        check_settings(documents, args)
+        settings = {k: v for k, v in vars(args).items() if k not in ("out", "cache", "resume")}
+        check_settings(args.out, settings)
     accelerator.wait_for_everyone()
     count = math.ceil(len(documents) / 20)
     held_out, documents = documents[:count], documents[count:]
@@ -510,9 +529,7 @@ def main(words: list[str] | None = None) -> None:
     rows = windows(documents, tokenizer, args.length).shuffle(seed=0)
     rows = rows.select(range(min(len(rows), math.ceil(args.cache_tokens / args.length))))
     rows = make_cache(rows, accelerator, args)
-    teacher = bits_per_byte(
-        load(args.teacher, accelerator, dtype="auto"), held_out, accelerator, args
-    )
+    teacher = evaluate_teacher(held_out, accelerator, args)
     bits = {
         method: [
             make_student(f"{method}-{seed}", rows, held_out, accelerator, args)

@@ -190,38 +190,45 @@ def test_a_run_continues_where_it_was_killed(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Half of the cache and of a student are done: the results are those of one run."""
-    resumed = folder / "resumed"
-    shutil.copytree(folder / "run", resumed)
-    files = sorted((resumed / "cache").glob("[0-9]*.arrow"))
+    run = folder / "run"
+    files = sorted((run / "cache").glob("[0-9]*.arrow"))
     assert len(files) == 3
     expected = files[1].read_bytes()
     files[1].rename(files[1].with_suffix(".unfinished"))
     done = files[0].stat().st_mtime_ns
-    result = json.loads((resumed / "wsl-0" / "result.json").read_text())
-    (resumed / "wsl-0" / "result.json").unlink()
-    (resumed / "wsl-0" / "model.safetensors").unlink()
+    result = json.loads((run / "wsl-0" / "result.json").read_text())
+    (run / "wsl-0" / "result.json").unlink()
+    (run / "wsl-0" / "model.safetensors").unlink()
 
     with pytest.raises(SystemExit):
-        lm.main(options(folder, "resumed"))
-    with pytest.raises(ValueError, match=r"has another (alpha, k|k, alpha)"):
-        lm.main(options(folder, "resumed", "--resume", "--k", "9", "--alpha", "3"))
-    lm.main(options(folder, "resumed", "--resume"))
+        lm.main(options(folder, "run"))
+    with pytest.raises(ValueError, match="run was made with another alpha, k"):
+        lm.main(options(folder, "run", "--resume", "--k", "9", "--alpha", "3"))
+    lm.main(options(folder, "run", "--resume"))
     assert "wsl-0 continues after step 3" in capsys.readouterr().out
     assert files[1].read_bytes() == expected
     assert files[0].stat().st_mtime_ns == done
-    again = json.loads((resumed / "wsl-0" / "result.json").read_text())
+    again = json.loads((run / "wsl-0" / "result.json").read_text())
     assert again == pytest.approx(result, abs=1e-6)
 
 
-def test_parts_of_a_step_count_by_their_tokens(folder: Path) -> None:
-    teacher = str(folder / "run" / "teacher")
-    more = ["--teacher", teacher, "--batch-size", "2", "--accumulate", "5", "--methods", "wsl"]
-    lm.main(options(folder, "parts", *more))
+def test_students_share_a_cache_and_parts_of_a_step_count_by_their_tokens(folder: Path) -> None:
+    shared = [
+        "--teacher",
+        str(folder / "run" / "teacher"),
+        "--cache",
+        str(folder / "run" / "cache"),
+    ]
+    steps = ["--batch-size", "2", "--accumulate", "5", "--methods", "wsl"]
+    lm.main(options(folder, "parts", *shared, *steps))
+    assert not (folder / "parts" / "cache").exists()
     whole, parts = (
         json.loads((folder / name / "wsl-0" / "result.json").read_text())["bits_per_byte"]
         for name in ("run", "parts")
     )
     assert parts == pytest.approx(whole, abs=1e-4)
+    with pytest.raises(ValueError, match="cache was made with another k"):
+        lm.main(options(folder, "another", *shared, "--k", "9"))
 
 
 @pytest.mark.slow
