@@ -1,4 +1,4 @@
-"""Language models from a stored teacher: the teacher runs once, students train from the disk.
+r"""Language models from a stored teacher: the teacher runs once, students train from the disk.
 
     pip install "weighted-soft-labels[frameworks]"
     python language_model.py                    # downloads no data and no models
@@ -14,18 +14,21 @@ smaller Llamas train from the stored rows, without the teacher, and each loss is
 at temperature 1. The students of a seed have the same first weights and batches. The result is the
 number of bits per byte of the held-out files, as a table and a figure. Not measured.
 
-Your models, any causal models of the hub with one tokenizer:
+Your models, any causal models of the hub that share a tokenizer:
 
-    accelerate launch --mixed_precision bf16 language_model.py --teacher Qwen/Qwen2.5-7B
-        --student Qwen/Qwen2.5-0.5B --data part-*.jsonl --methods wsl --seeds 1 --length 1024
-        --batch-size 8 --accumulate 4 --steps 3000 --lr 2e-5 --cache-tokens 100_000_000
+    accelerate launch --mixed_precision bf16 language_model.py \
+        --teacher Qwen/Qwen2.5-7B --student Qwen/Qwen2.5-0.5B --data part-*.jsonl --length 1024 \
+        --methods wsl --seeds 1 --batch-size 8 --accumulate 4 --steps 3000 --lr 2e-5 \
+        --cache-tokens 100_000_000 --save-every 200 --out runs/qwen
 
-Every file of --data is a document; in .jsonl files, the "text" of every line. --resume continues
-in the middle of the cache or of a student. With several nodes, --out is a shared folder.
+Every file of --data is a document; in .jsonl files, the "text" of every line is one. --resume
+continues in the middle of the cache or of a student. Every process needs memory for both models
+in turn and for a batch of full logits; `cached_linear_wsl_loss` avoids the student's. The teacher
+is needed once: its --teacher and --cache serve later runs, which have another --out.
 
-The cache is an Arrow table of `datasets`. The teacher's columns stand beside the `input_ids`, so
-that `shuffle`, `filter` and `select` keep the rows of both together. A memmap of the teacher's
-numbers would need an index that follows every such step. A token takes 6 k + 8 bytes.
+The cache is an Arrow table of `datasets`. The teacher's columns are beside the `input_ids`, so
+`shuffle`, `filter` and `select` keep a row together. A memmap would need an index that follows
+every such step. A token takes 6 k + 8 bytes.
 
 What a wrong cache does: a cache that is misaligned after it was made is found, because column 0 of
 `index` must be the label. On a CPU the loss raises
@@ -37,8 +40,6 @@ and on a GPU it is NaN. A teacher that ran on other inputs cannot be found. --mi
 this fault: before compression, a fifth of the sequences receive the teacher's logits of others.
 
     python language_model.py --misalign 0.2 --teacher runs/language_model/teacher --out runs/wrong
-
-The teacher is needed once: --teacher and --cache of a run serve the next, with another --out.
 """
 
 from __future__ import annotations

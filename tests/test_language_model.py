@@ -27,6 +27,7 @@ for _module in ("accelerate", "datasets", "matplotlib", "tokenizers", "tqdm", "t
 EXAMPLES = Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import language_model as lm  # noqa: E402
+import transformers  # noqa: E402
 
 SMALL = """--length 16 --batch-size 10 --cache-tokens 1200 --k 20 --vocabulary 300
 --steps 5 --teacher-steps 5 --save-every 3 --seeds 1"""
@@ -229,6 +230,25 @@ def test_students_share_a_cache_and_parts_of_a_step_count_by_their_tokens(folder
     assert parts == pytest.approx(whole, abs=1e-4)
     with pytest.raises(ValueError, match="cache was made with another k"):
         lm.main(options(folder, "another", *shared, "--k", "9"))
+
+
+def test_a_student_of_another_family_with_a_padded_vocabulary(folder: Path) -> None:
+    teacher, student = folder / "run" / "teacher", folder / "gpt2"
+    config = transformers.GPT2Config(
+        vocab_size=320, n_positions=16, n_embd=16, n_layer=1, n_head=2, bos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(student)
+    tokenizer = lm.AutoTokenizer.from_pretrained(teacher)
+    tokenizer.save_pretrained(student)
+    cache = folder / "run" / "cache"
+    more = ["--teacher", str(teacher), "--cache", str(cache), "--student", str(student)]
+    lm.main(options(folder, "padded", *more, "--methods", "kd", "wsl"))
+    model = lm.AutoModelForCausalLM.from_pretrained(folder / "padded" / "wsl-0")
+    assert model.config.vocab_size == 320
+
+    lm.train_tokenizer(["another text"], 300).save_pretrained(student)
+    with pytest.raises(ValueError, match="must have the same tokenizer"):
+        lm.main(options(folder, "foreign", *more))
 
 
 @pytest.mark.slow
