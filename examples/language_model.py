@@ -487,8 +487,8 @@ def parse_args(words: list[str] | None) -> argparse.Namespace:
     add("--cache-tokens", type=int, default=250_000, help="tokens in the cache (250 000)")
     add("--batch-size", type=int, default=10, help="rows of a process and part (10)")
     add("--accumulate", type=int, default=1, help="parts of a step (1)")
-    add("--steps", type=int, default=250, help="of a student (250)")
-    add("--teacher-steps", type=int, default=400, help="of the small teacher (400)")
+    add("--steps", type=int, default=200, help="of a student (200)")
+    add("--teacher-steps", type=int, default=300, help="of the small teacher (300)")
     add("--vocabulary", type=int, default=1024, help="of the small teacher (1024)")
     add("--lr", type=float, default=4e-3, help="largest learning rate (0.004)")
     add("--workers", type=int, default=0, help="processes that read the cache (0)")
@@ -518,6 +518,9 @@ def main(words: list[str] | None = None) -> None:
     args = parse_args(words)
     accelerator = Accelerator()
     accelerator.wait_for_everyone()  # before another process writes into --out
+    if args.student is None and accelerator.device.type == "cpu":
+        # More threads gain little on models this small, and lose a lot on a busy machine.
+        torch.set_num_threads(1)
     library = Path(sysconfig.get_paths()["stdlib"])
     documents = read(args.data or sorted(library.glob("*.py")))
     args.text = digest("".join(documents))
