@@ -1,19 +1,20 @@
-"""Time and memory from hidden states to the loss, forward + backward: `linear_wsl_loss` against what it replaces.
+"""Time and memory from hidden states to the loss, forward + backward.
 
     python benchmarks/bench_linear.py
-    python benchmarks/bench_linear.py --seconds 1 --out /tmp/try            # a look
+    python benchmarks/bench_linear.py --seconds 1 --out /tmp/try    # a quick look
 
 On a CPU under Linux with two threads. Providers:
 
-    linear_wsl_loss            hidden states of both models to the loss and all gradients, in chunks
-    linear + wsl_loss          F.linear twice, then the loss: both sets of logits and their gradient are kept
-    linear_cross_entropy       F.linear_cross_entropy in chunks, where torch has it: the student alone
-    liger jsd, its version     Liger's fused linear JSD on torch operators, if `liger_kernel` can be imported: no weight
+    linear_wsl_loss         hidden states of both models to the loss and all gradients, in chunks
+    linear + wsl_loss       F.linear twice, then the loss: keeps all logits and their gradient
+    linear_cross_entropy    F.linear_cross_entropy in chunks, if torch has it: the student alone
+    liger jsd, its version  Liger's fused linear JSD on torch operators, if `liger_kernel` is
+                            installed: no weight
 
-Memory is the peak above the inputs and the gradients that are returned, in tensors of float32 logits, whatever the
-dtype (N x C x 4 bytes): in bfloat16 the float32 sum of the weight's gradient counts. In bfloat16 linear_wsl_loss alone
-is measured: on a processor without instructions for it one step of the others takes minutes. Measured, written and
-refused as in bench_loss.py: see `measuring.py`.
+Memory is the peak above the inputs and the returned gradients. The unit is all logits in float32,
+N x C x 4 bytes, for every dtype: in bfloat16 the weight's gradient is summed in float32, too. In
+bfloat16 only linear_wsl_loss is measured, because without bfloat16 instructions one step of the
+others takes minutes. `measuring.py` has the rules of measuring and refusing.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from measuring import (
     Row,
     Step,
     folder,
-    low_fifth,
     machine,
     measure,
     peak_bytes,
+    percentile_20,
     publish,
     show,
     spread,
@@ -50,12 +51,12 @@ DTYPES = ("float32", "bfloat16")
 
 def inputs(dtype: torch.dtype) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((ROWS, WIDTH), (CLASSES, WIDTH)) * 2
     x, weight, teacher_x, teacher_weight = (
-        torch.randn(shape, generator=generator) for shape in shapes
+        torch.randn(shape, generator=generator) for shape in ((ROWS, WIDTH), (CLASSES, WIDTH)) * 2
     )
-    layers = x, weight / WIDTH**0.5, teacher_x, teacher_weight / WIDTH**0.5
-    x, weight, teacher_x, teacher_weight = (tensor.to(dtype) for tensor in layers)
+    x, teacher_x = x.to(dtype), teacher_x.to(dtype)
+    weight = (weight / WIDTH**0.5).to(dtype)
+    teacher_weight = (teacher_weight / WIDTH**0.5).to(dtype)
     target = torch.randint(CLASSES, (ROWS,), generator=generator)
     return x.requires_grad_(), weight.requires_grad_(), teacher_x, teacher_weight, target
 
@@ -64,9 +65,13 @@ def providers(
     x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, target: Tensor
 ) -> dict[str, Step]:
     losses: dict[str, Any] = {
-        OURS: lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target),
-        UNFUSED: lambda: wsl_loss(F.linear(x, weight), F.linear(teacher_x, teacher_weight), target),
+        OURS: lambda: linear_wsl_loss(x, weight, teacher_x, teacher_weight, target)
     }
+    if x.dtype != torch.float32:
+        return {OURS: step_of(losses[OURS], x, weight)}
+    losses[UNFUSED] = lambda: wsl_loss(
+        F.linear(x, weight), F.linear(teacher_x, teacher_weight), target
+    )
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         losses["linear_cross_entropy"] = lambda: F.linear_cross_entropy(
@@ -79,19 +84,15 @@ def providers(
         losses[f"liger jsd {version('liger-kernel')}"] = lambda: jsd(
             x, weight, teacher_x, teacher_weight, target
         )
+    return {name: step_of(loss, x, weight) for name, loss in losses.items()}
 
-    def step_of(loss: Any) -> Step:
-        def step() -> None:
-            x.grad = weight.grad = None
-            loss().backward()
 
-        return step
+def step_of(loss: Any, x: Tensor, weight: Tensor) -> Step:
+    def step() -> None:
+        x.grad = weight.grad = None
+        loss().backward()
 
-    return {
-        name: step_of(loss)
-        for name, loss in losses.items()
-        if x.dtype == torch.float32 or name == OURS
-    }
+    return step
 
 
 def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
@@ -100,11 +101,11 @@ def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
     returned = x.numel() * x.element_size() + weight.numel() * weight.element_size()
     peaks = {}
     for name, step in steps.items():
-        for _ in range(2):  # the first also starts threads and libraries
+        for _ in range(2):  # the first step also starts threads and libraries; the second counts
             x.grad = weight.grad = None
             peaks[name] = (peak_bytes(step, x, "cpu") - returned) / (4 * ROWS * CLASSES)
     times, load = measure(steps, seconds)
-    low = {name: low_fifth(taken) for name, taken in times.items()}
+    p20 = {name: percentile_20(bursts) for name, bursts in times.items()}
     return [
         {
             "use": "LLM vocabulary",
@@ -112,10 +113,10 @@ def rows_of(dtype: str, seconds: float, common: Row) -> list[Row]:
             "dtype": dtype,
             "provider": name,
             "bursts": len(times[name]),
-            "p20_ms": f"{1e3 * low[name]:.0f}",
+            "p20_ms": f"{1e3 * p20[name]:.0f}",
             "spread": f"{spread(times[name]):.2f}",
             "load": f"{load:.3f}",
-            "time_over_unfused": f"{low[name] / low[UNFUSED]:.2f}" if UNFUSED in low else "",
+            "time_over_unfused": f"{p20[name] / p20[UNFUSED]:.2f}" if UNFUSED in p20 else "",
             "peak_float32_logits": f"{peaks[name]:.3f}",
             **common,
         }
@@ -128,12 +129,8 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
-    parser.add_argument(
-        "--seconds", type=float, help="to measure each dtype for, default 60; needs --out"
-    )
-    parser.add_argument(
-        "--out", type=folder, help="folder of the CSV file, instead of benchmarks/results"
-    )
+    parser.add_argument("--seconds", type=float, help="per dtype, default 60; needs --out")
+    parser.add_argument("--out", type=folder, help="folder of the CSV file (benchmarks/results)")
     args = parser.parse_args()
     if (args.dtypes or args.seconds) and not args.out:
         parser.error("--dtypes and --seconds need --out: benchmarks/results holds whole runs")
@@ -142,13 +139,10 @@ def main() -> int:
     print(*common.values(), sep=", ")
     rows = []
     for dtype in args.dtypes or DTYPES:
-        found = rows_of(dtype, args.seconds or 60.0, common)
-        show(
-            found,
-            f"{dtype}, others took {found[0]['load']} of the CPU time",
-            list(found[0])[: -len(common)],
-        )
-        rows += found
+        measured = rows_of(dtype, args.seconds or 60.0, common)
+        title = f"{dtype}, others took {measured[0]['load']} of the CPU time"
+        show(measured, title, list(measured[0])[: -len(common)])
+        rows += measured
     return publish(rows, "cpu_linear.csv", args.out)
 
 

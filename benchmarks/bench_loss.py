@@ -1,34 +1,38 @@
 """Time and memory of the WSL loss, forward + backward, against what it replaces.
 
-    python benchmarks/bench_loss.py                                                       # all shapes of this device
-    python benchmarks/bench_loss.py --shapes 64x100 --seconds 1 --out /tmp/try            # a look
+    python benchmarks/bench_loss.py                                   # all shapes of this device
+    python benchmarks/bench_loss.py --shapes 64x100 --seconds 1 --out /tmp/try    # a quick look
 
-On a GPU, where there is one, else on a CPU under Linux with two threads. Prints a table for every shape and writes all
-as one CSV file into benchmarks/results, with hardware, versions and commit on every row; `plot.py` draws from it.
+Runs on a GPU if there is one, else on a CPU under Linux with two threads. Prints a table for each
+shape. Writes one CSV file into benchmarks/results, with hardware, versions and commit on every row;
+`plot.py` draws the figures from it.
 
 Providers, and what they compute:
 
-    official        the paper's formula, operator by operator as its users run it
-    distillation    F.cross_entropy + alpha * T^2 * F.kl_div, as plain distillation is written: no weight, and no
-                    cross-entropy of the teacher
-    cross_entropy   F.cross_entropy alone, which never looks at the teacher
+    official        the paper's formula, operator by operator, as its users run it
+    distillation    F.cross_entropy + alpha * T^2 * F.kl_div: no weight, and no cross-entropy of
+                    the teacher
+    cross_entropy   F.cross_entropy alone, which reads no teacher
     wsl_loss        this package
-    liger           distillation by Liger's operators, on a GPU if `liger_kernel` is installed. It writes the gradient
-                    over the logits and therefore gets a copy, whose time is included
-    copy            one tensor of logits copied to another: the memory's limit
+    liger           distillation by Liger's operators, on a GPU if `liger_kernel` is installed.
+                    Liger writes the gradient over the logits, so it gets a copy; the time includes
+                    the copy
+    copy            one tensor of logits copied to another: the limit of the memory
 
-The first four also compiled, by torch.compile(fullgraph=True); "wsl_loss, graph" replays a CUDA graph.
+The first four also run compiled, by torch.compile(fullgraph=True). "wsl_loss, graph" replays a CUDA
+graph.
 
-Every shape has a process of its own, in which the providers take turns, a burst of steps each. A time is the low fifth
-(20th percentile) of the bursts, its spread the 80th percentile over that. Ratios are between times of the same form:
-compiled is compared with compiled, everything else with eager.
+Each shape has its own process, in which the providers take turns, a burst of steps each. A time is
+the 20th percentile of the bursts. A spread is the 80th percentile over the 20th. Ratios compare
+compiled with compiled, and every other form with eager.
 
-A run on a noisy or loaded machine, or of a checkout that is not a commit, is refused: tables are printed, nothing is
-written into benchmarks/results, the exit status is 1 (`measuring.py` has the rules). --out, a folder outside of the
-repository, is for trying out and takes any run; its rows say how noisy it was and whether the commit was "-dirty".
+A run is refused if the machine is noisy or loaded, or if the checkout is not a clean commit. A
+refused run prints its tables, writes nothing into benchmarks/results and exits with 1;
+`measuring.py` has the rules. --out names a folder outside of the repository and accepts any run.
 
-GB/s are ideal bytes over time, not bytes moved: a provider that passes over the logits more often shows fewer. Ideal
-are 3 tensors of logits for distillation (both sets read, the gradient written), 2 for cross-entropy and for the copy.
+GB/s are ideal bytes over time, not bytes moved: a provider that reads the logits more often shows
+fewer. The ideal is 3 tensors of logits for distillation (read both, write the gradient), and 2 for
+cross-entropy and the copy.
 """
 
 from __future__ import annotations
@@ -48,10 +52,10 @@ from measuring import (
     folder,
     host_seconds,
     kernels,
-    low_fifth,
     machine,
     measure,
     peak_bytes,
+    percentile_20,
     publish,
     show,
     spread,
@@ -59,14 +63,14 @@ from measuring import (
 from torch import Tensor
 
 from weighted_soft_labels import wsl_loss
-from weighted_soft_labels.loss import implementation
+from weighted_soft_labels.backends import choose
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
-TEMPERATURE, ALPHA = 2.0, 2.5  # of the paper's ImageNet script
+TEMPERATURE, ALPHA = 2.0, 2.5  # the paper's ImageNet script
 THREADS = 2
 
-SHAPES = {  # of the logits, and what they are used for
+SHAPES = {  # shape of the logits: use
     "cpu": {
         "64x100": "CIFAR-100",
         "128x100": "CIFAR-100",
@@ -89,16 +93,14 @@ SHAPES = {  # of the logits, and what they are used for
 DTYPES = ("float32", "bfloat16")
 
 
-# The losses ---------------------------------------------------------------------------------------------------------
+# --- the losses ---
 
 
 def official(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    """The formula of the paper's ImageNet script (T = 2, alpha = 2.5), operator by operator as its users run it."""
-    soft = -torch.sum(
-        torch.softmax(teacher / TEMPERATURE, 1) * torch.log_softmax(student / TEMPERATURE, 1),
-        1,
-        keepdim=True,
-    )
+    """The paper's ImageNet script, operator by operator."""
+    soft_teacher = torch.softmax(teacher / TEMPERATURE, 1)
+    log_soft_student = torch.log_softmax(student / TEMPERATURE, 1)
+    soft = -torch.sum(soft_teacher * log_soft_student, 1, keepdim=True)
     one_hot = F.one_hot(target, student.shape[1]).movedim(-1, 1).float()
     student_ce = -torch.sum(one_hot * torch.log_softmax(student.detach(), 1), 1, keepdim=True)
     teacher_ce = -torch.sum(one_hot * torch.log_softmax(teacher.detach(), 1), 1, keepdim=True)
@@ -108,10 +110,8 @@ def official(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 
 
 def distillation(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
-    log_student, probabilities = (
-        F.log_softmax(student / TEMPERATURE, 1),
-        F.softmax(teacher / TEMPERATURE, 1),
-    )
+    log_student = F.log_softmax(student / TEMPERATURE, 1)
+    probabilities = F.softmax(teacher / TEMPERATURE, 1)
     soft = F.kl_div(log_student, probabilities, reduction="batchmean")
     return F.cross_entropy(student, target) + ALPHA * TEMPERATURE**2 * soft
 
@@ -123,10 +123,8 @@ def cross_entropy(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
 def liger(student: Tensor, teacher: Tensor, target: Tensor) -> Tensor:
     from liger_kernel.transformers.functional import liger_cross_entropy, liger_kl_div
 
-    log_student, probabilities = (
-        F.log_softmax(student / TEMPERATURE, 1),
-        F.softmax(teacher / TEMPERATURE, 1),
-    )
+    log_student = F.log_softmax(student / TEMPERATURE, 1)
+    probabilities = F.softmax(teacher / TEMPERATURE, 1)
     soft: Tensor = liger_kl_div(log_student, probabilities, reduction="batchmean")
     hard: Tensor = liger_cross_entropy(student.clone(), target)
     return hard + ALPHA * TEMPERATURE**2 * soft
@@ -142,14 +140,13 @@ LOSSES: dict[str, Loss] = {
 
 def inputs(shape: str, dtype: str, device: str) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
-    size = n, classes, *rest = [int(length) for length in shape.split("x")]
-    student, teacher = (3 * torch.randn(size, generator=generator, device=device) for _ in range(2))
-    target = torch.randint(classes, (n, *rest), generator=generator, device=device)
-    return (
-        student.to(getattr(torch, dtype)).requires_grad_(),
-        teacher.to(getattr(torch, dtype)),
-        target,
-    )
+    size = [int(length) for length in shape.split("x")]
+    student = 3 * torch.randn(size, generator=generator, device=device)
+    teacher = 3 * torch.randn(size, generator=generator, device=device)
+    index_shape = size[:1] + size[2:]
+    target = torch.randint(size[1], index_shape, generator=generator, device=device)
+    wanted = getattr(torch, dtype)
+    return student.to(wanted).requires_grad_(), teacher.to(wanted), target
 
 
 def step_of(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> Step:
@@ -176,20 +173,19 @@ def graph_of(loss: Loss, student: Tensor, teacher: Tensor, target: Tensor) -> St
 
 def providers(student: Tensor, teacher: Tensor, target: Tensor) -> dict[str, Step]:
     losses = dict(LOSSES)
-    losses |= {
-        f"{name}, compiled": torch.compile(x, fullgraph=True, dynamic=False)
-        for name, x in LOSSES.items()
-    }
+    for name, loss in LOSSES.items():
+        losses[f"{name}, compiled"] = torch.compile(loss, fullgraph=True, dynamic=False)
     if student.is_cuda and find_spec("liger_kernel") and student.dim() == 2:
         losses["liger"] = liger
     steps = {name: step_of(loss, student, teacher, target) for name, loss in losses.items()}
     if student.is_cuda:
         steps["wsl_loss, graph"] = graph_of(wsl_loss, student, teacher, target)
     destination = torch.empty_like(teacher)
-    return {**steps, "copy": lambda: destination.copy_(teacher)}
+    steps["copy"] = lambda: destination.copy_(teacher)
+    return steps
 
 
-# Rows -----------------------------------------------------------------------------------------------------------------
+# --- rows ---
 
 
 def loss_rows(shape: str, dtype: str, device: str, seconds: float, common: Row) -> list[Row]:
@@ -197,44 +193,68 @@ def loss_rows(shape: str, dtype: str, device: str, seconds: float, common: Row) 
     student, teacher, target = inputs(shape, dtype, device)
     steps = providers(student, teacher, target)
     times, load = measure(steps, seconds)
-    low = {provider: low_fifth(taken) for provider, taken in times.items()}
+    p20 = {provider: percentile_20(bursts) for provider, bursts in times.items()}
+    backend = choose(student, teacher, target).__name__
     size = student.numel() * student.element_size()
-    visible = (
-        device == "cuda" or size >= 2**20
-    )  # under 1 MiB the high-water mark shows pages, not tensors
+    # Below 1 MiB, Linux's high-water mark counts pages, not tensors.
+    shows_memory = device == "cuda" or size >= 2**20
     rows = []
     for provider, step in steps.items():
         form = ", compiled" if provider.endswith("compiled") else ""
         tensors = 2 if provider.startswith(("cross_entropy", "copy")) else 3
-        rows.append({
-            "use": SHAPES[device][shape],
-            "shape": shape,
-            "dtype": dtype,
-            "provider": provider,
-            "implementation": implementation(student, teacher).__name__ if provider.startswith("wsl_loss") else "",
-            "bursts": len(times[provider]),
-            "p20_us": f"{1e6 * low[provider]:.1f}",
-            "spread": f"{spread(times[provider]):.2f}",
-            "load": f"{load:.3f}",
-            "time_over_cross_entropy": f"{low[provider] / low['cross_entropy' + form]:.2f}",
-            "speed_over_official": f"{low['official' + form] / low[provider]:.2f}",
-            "speed_over_distillation": f"{low['distillation' + form] / low[provider]:.2f}",
-            "peak_logits": f"{peak_bytes(step, student, device) / size:.2f}" if visible else "",
-            "ideal_bytes_formula": f"{tensors} tensors * {student.numel()} elements * {student.element_size()} bytes",
-            "ideal_bytes": tensors * size,
-            "gb_per_s": f"{tensors * size / low[provider] / 1e9:.1f}",
-            "share_of_copy": f"{tensors / 2 * low['copy'] / low[provider]:.3f}",
-            "kernels": kernels(step) if device == "cuda" else "",
-            "host_us": f"{1e6 * host_seconds(step):.1f}" if device == "cuda" else "",
-            **common,
-        })  # fmt: skip
+        formula = f"{tensors} tensors * {student.numel()} elements * {student.element_size()} bytes"
+        time = p20[provider]
+        rows.append(
+            {
+                "use": SHAPES[device][shape],
+                "shape": shape,
+                "dtype": dtype,
+                "provider": provider,
+                "implementation": backend if provider.startswith("wsl_loss") else "",
+                "bursts": len(times[provider]),
+                "p20_us": f"{1e6 * time:.1f}",
+                "spread": f"{spread(times[provider]):.2f}",
+                "load": f"{load:.3f}",
+                "time_over_cross_entropy": f"{time / p20['cross_entropy' + form]:.2f}",
+                "speed_over_official": f"{p20['official' + form] / time:.2f}",
+                "speed_over_distillation": f"{p20['distillation' + form] / time:.2f}",
+                "peak_logits": f"{peak_bytes(step, student, device) / size:.2f}"
+                if shows_memory
+                else "",
+                "ideal_bytes_formula": formula,
+                "ideal_bytes": tensors * size,
+                "gb_per_s": f"{tensors * size / time / 1e9:.1f}",
+                "share_of_copy": f"{tensors / 2 * p20['copy'] / time:.3f}",
+                "kernels": kernels(step) if device == "cuda" else "",
+                "host_us": f"{1e6 * host_seconds(step):.1f}" if device == "cuda" else "",
+                **common,
+            }
+        )
     return rows
 
 
 COLUMNS = [
-    "provider", "p20_us", "spread", "time_over_cross_entropy", "speed_over_official", "speed_over_distillation",
-    "peak_logits", "gb_per_s", "share_of_copy", "kernels", "host_us",
-]  # fmt: skip
+    "provider",
+    "p20_us",
+    "spread",
+    "time_over_cross_entropy",
+    "speed_over_official",
+    "speed_over_distillation",
+    "peak_logits",
+    "gb_per_s",
+]
+GPU_COLUMNS = [*COLUMNS, "share_of_copy", "kernels", "host_us"]
+
+
+def loss_table(shape: str, dtype: str, device: str, seconds: float, common: Row) -> list[Row]:
+    """Measure in a new process, which shares neither memory nor compiled code with other shapes."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        rows = pool.submit(loss_rows, shape, dtype, device, seconds, common).result()
+    title = (
+        f"{SHAPES[device][shape]} {shape} {dtype}, others took {rows[0]['load']} of the CPU time"
+    )
+    show(rows, title, GPU_COLUMNS if device == "cuda" else COLUMNS)
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -242,12 +262,11 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    option = parser.add_argument
-    option("--device", choices=SHAPES, default=device)
-    option("--shapes", nargs="+", help="only these; needs --out")
-    option("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
-    option("--seconds", type=float, help="to measure each shape for, default 4; needs --out")
-    option("--out", type=folder, help="folder of the CSV file, instead of benchmarks/results")
+    parser.add_argument("--device", choices=SHAPES, default=device)
+    parser.add_argument("--shapes", nargs="+", help="only these; needs --out")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these; needs --out")
+    parser.add_argument("--seconds", type=float, help="per shape, default 4; needs --out")
+    parser.add_argument("--out", type=folder, help="folder of the CSV file (benchmarks/results)")
     args = parser.parse_args(argv)
     device, shapes = args.device, args.shapes or list(SHAPES[args.device])
     if unknown := set(shapes) - set(SHAPES[device]):
@@ -262,15 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for dtype in args.dtypes or DTYPES:
         for shape in shapes:
-            with ProcessPoolExecutor(
-                1, get_context("spawn")
-            ) as pool:  # memory and compiled code of no other shape
-                found = pool.submit(
-                    loss_rows, shape, dtype, device, args.seconds or 4.0, common
-                ).result()
-            title = f"{SHAPES[device][shape]} {shape} {dtype}, others took {found[0]['load']} of the CPU time"
-            show(found, title, COLUMNS if device == "cuda" else COLUMNS[:-3])
-            rows += found
+            rows += loss_table(shape, dtype, device, args.seconds or 4.0, common)
     return publish(rows, f"{device}.csv", args.out)
 
 

@@ -1,9 +1,9 @@
-"""What share of a whole training step the loss is; on a GPU also what the first step of a process costs.
+"""The share of the loss in a whole training step; on a GPU also the first step of a process.
 
     python benchmarks/bench_step.py
 
-SGD, the teacher's forward included, with each loss; and each loss by itself on the same logits. Measured, written and
-refused as in bench_loss.py: see `measuring.py`.
+A training step is SGD with the teacher's forward pass. Each loss is also measured by itself, on the
+same logits. `measuring.py` has the rules of measuring and refusing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,18 @@ import tempfile
 
 import torch
 from bench_loss import LOSSES, THREADS, Loss, step_of
-from measuring import ROOT, Row, Step, folder, low_fifth, machine, measure, publish, show, spread
+from measuring import (
+    ROOT,
+    Row,
+    Step,
+    folder,
+    machine,
+    measure,
+    percentile_20,
+    publish,
+    show,
+    spread,
+)
 from torch import Tensor, nn
 
 CIFAR, IMAGENET = "CIFAR-100, resnet32x4 -> resnet8x4", "ImageNet, ResNet-34 -> ResNet-18"
@@ -24,7 +35,7 @@ COMPARED = ("official", "distillation", "wsl_loss")
 
 
 def networks(use: str, device: str) -> tuple[nn.Module, nn.Module, Tensor, int]:
-    """Student, teacher, a batch of images and the number of classes."""
+    """Return student, teacher, a batch of images and the number of classes."""
     if use == CIFAR:
         sys.path.insert(0, str(ROOT / "examples"))
         from cifar_models import MODELS
@@ -38,9 +49,8 @@ def networks(use: str, device: str) -> tuple[nn.Module, nn.Module, Tensor, int]:
 
 def training_rows(use: str, device: str, seconds: float, common: Row) -> list[Row]:
     student, teacher, images, classes = networks(use, device)
-    student, teacher = (
-        network.to(device, memory_format=torch.channels_last) for network in (student, teacher)
-    )
+    student = student.to(device, memory_format=torch.channels_last)
+    teacher = teacher.to(device, memory_format=torch.channels_last)
     images = images.to(device, memory_format=torch.channels_last)
     target = torch.randint(classes, (len(images),), device=device)
     teacher.eval()
@@ -49,8 +59,8 @@ def training_rows(use: str, device: str, seconds: float, common: Row) -> list[Ro
     def logits() -> tuple[Tensor, Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             with torch.no_grad():
-                taught = teacher(images)
-            return student(images), taught
+                teacher_logits = teacher(images)
+            return student(images), teacher_logits
 
     def training(loss: Loss) -> Step:
         def step() -> None:
@@ -60,25 +70,26 @@ def training_rows(use: str, device: str, seconds: float, common: Row) -> list[Ro
 
         return step
 
-    own, taught = (x.detach().clone() for x in logits())
-    own.requires_grad_()
+    student_logits, teacher_logits = (x.detach().clone() for x in logits())
+    student_logits.requires_grad_()
     steps = {f"step, {name}": training(LOSSES[name]) for name in COMPARED}
-    steps |= {f"loss, {name}": step_of(LOSSES[name], own, taught, target) for name in COMPARED}
+    for name in COMPARED:
+        steps[f"loss, {name}"] = step_of(LOSSES[name], student_logits, teacher_logits, target)
     times, load = measure(steps, seconds)
-    low = {name: low_fifth(taken) for name, taken in times.items()}
+    p20 = {name: percentile_20(bursts) for name, bursts in times.items()}
     return [
         {
             "use": use,
             "batch": len(images),
-            "dtype": str(own.dtype).removeprefix("torch."),
+            "dtype": str(student_logits.dtype).removeprefix("torch."),
             "provider": name,
             "bursts": len(times[f"step, {name}"]),
-            "step_ms": f"{1e3 * low[f'step, {name}']:.3f}",
-            "loss_us": f"{1e6 * low[f'loss, {name}']:.1f}",
+            "step_ms": f"{1e3 * p20[f'step, {name}']:.3f}",
+            "loss_us": f"{1e6 * p20[f'loss, {name}']:.1f}",
             "spread": f"{max(spread(times[f'{what}, {name}']) for what in ('step', 'loss')):.2f}",
             "load": f"{load:.3f}",
-            "loss_share_of_step": f"{low[f'loss, {name}'] / low[f'step, {name}']:.4f}",
-            "loss_speed_over_official": f"{low['loss, official'] / low[f'loss, {name}']:.2f}",
+            "loss_share_of_step": f"{p20[f'loss, {name}'] / p20[f'step, {name}']:.4f}",
+            "loss_speed_over_official": f"{p20['loss, official'] / p20[f'loss, {name}']:.2f}",
             **common,
         }
         for name in COMPARED
@@ -100,16 +111,17 @@ print(time.perf_counter() - begin)
 
 
 def first_call_rows() -> list[Row]:
-    """Seconds of the first step of a process whose GPU is up, import included, with an empty Triton cache and again."""
+    """Time the first step of processes with an empty, then a full, Triton cache.
+
+    The time includes the import of the package, but not the start of the GPU.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "TRITON_CACHE_DIR": cache}
         for state in ("cold", "warm", "warm", "warm"):
             command = [sys.executable, "-c", FIRST_STEP]
-            run = subprocess.run(
-                command, capture_output=True, text=True, check=True, env=environment
-            )
-            rows.append({"cache": state, "first_step_s": round(float(run.stdout), 3)})
+            seconds = subprocess.check_output(command, text=True, env=environment)
+            rows.append({"cache": state, "first_step_s": round(float(seconds), 3)})
     return rows
 
 
@@ -117,19 +129,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
-    )
-    parser.add_argument(
-        "--out", type=folder, help="folder of the CSV file, instead of benchmarks/results"
-    )
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--out", type=folder, help="folder of the CSV file (benchmarks/results)")
     args = parser.parse_args()
     torch.set_num_threads(THREADS)
     common = machine(args.device)
     print(*common.values(), sep=", ")
-    rows = [
-        row for use in (CIFAR, IMAGENET) for row in training_rows(use, args.device, 30.0, common)
-    ]
+    rows = []
+    for use in (CIFAR, IMAGENET):
+        rows += training_rows(use, args.device, 30.0, common)
     show(rows, "a training step", list(rows[0])[: -len(common)])
     if args.device == "cuda":
         show(first_call_rows(), "the first step of a process", ["cache", "first_step_s"])

@@ -1,11 +1,13 @@
-"""What the benchmarks share: how a time is taken, and which run may be written into benchmarks/results.
+"""What the benchmarks share: how to take a time, and which runs may go into benchmarks/results.
 
-Providers take turns in one process, a burst of steps each: a single step of microseconds would measure how cold the
-others left the caches. A time is the low fifth (20th percentile) of the bursts, its spread the 80th percentile over
-that. Load on the machine does not meet all providers alike, so the result of a noisy run is worth nothing. A shape is
-measured up to three times, until no spread exceeds 1.5 and others took at most 5 % of the machine's CPU time; what is
-noisy then is refused. (Steady load slows everything down without spreading it: the spread alone does not show it.) So
-is what no commit can reproduce.
+Providers take turns in one process, a burst of steps each. A single step of microseconds would
+mostly measure caches that another provider filled. A time is the 20th percentile of the bursts. A
+spread is the 80th percentile over the 20th.
+
+A shape is measured up to three times, until no spread exceeds 1.5 and other processes took at most
+5 % of the machine's CPU time. A run is refused if the last attempt exceeds either limit: load does
+not hit all providers alike, and steady load slows everything down without a spread. A run is also
+refused if no commit reproduces it.
 """
 
 from __future__ import annotations
@@ -41,17 +43,18 @@ BURST_SECONDS, LEAST_BURSTS = 0.01, 10
 MAX_SPREAD, MAX_LOAD, ATTEMPTS = 1.5, 0.05, 3
 
 
-# Time and memory ----------------------------------------------------------------------------------------------------
+# --- time and memory ---
 
 
 def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[float]], float]:
-    """Seconds a step, by provider and burst, and the share of the machine's CPU time that others took meanwhile.
+    """Return seconds per step, by provider and burst, and the load.
 
-    On a GPU a step takes as long as the host or the GPU does, whichever is slower.
+    The load is the share of the machine's CPU time that other processes took. On a GPU the time is
+    that of the host or of the GPU, whichever is longer.
     """
     keep_freed_memory()
     timers = {name: timeit.Timer(step, timer=timer) for name, step in steps.items()}
-    bursts = {
+    steps_per_burst = {
         name: max(1, round(BURST_SECONDS / min(each.repeat(5, 1)))) for name, each in timers.items()
     }
     for _ in range(ATTEMPTS):
@@ -59,23 +62,28 @@ def measure(steps: dict[str, Step], seconds: float) -> tuple[dict[str, list[floa
         begin, others = timer(), seconds_of_others()
         while timer() < begin + seconds or min(map(len, times.values())) < LEAST_BURSTS:
             for name, each in timers.items():
-                times[name].append(each.timeit(bursts[name]) / bursts[name])
+                number = steps_per_burst[name]
+                times[name].append(each.timeit(number) / number)
         load = (seconds_of_others() - others) / (timer() - begin) / (os.cpu_count() or 1)
-        if load <= MAX_LOAD and all(spread(taken) <= MAX_SPREAD for taken in times.values()):
+        if load <= MAX_LOAD and all(spread(bursts) <= MAX_SPREAD for bursts in times.values()):
             break
     return times, load
 
 
 def keep_freed_memory() -> None:
-    """Else glibc returns it to the system now and then, and a step of tensors of 16 MB takes 25 or 55 ms by what the
-    others left of the heap. From 32 MiB on a tensor is new memory at every step, as always with glibc."""
-    libc, trim_threshold, mmap_threshold = ctypes.CDLL(None), -1, -3  # of malloc.h
+    """Tell glibc to keep freed memory below 32 MiB.
+
+    Otherwise glibc returns it to the system now and then. A step with tensors of 16 MB then takes
+    25 or 55 ms, depending on what ran before.
+    """
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(mmap_threshold, 2**25)
 
 
 def seconds_of_others() -> float:
-    """CPU time since boot that other processes and other virtual machines (steal) took."""
+    """Return the CPU time that other processes and virtual machines (steal) took since boot."""
     user, nice, system, _, _, irq, softirq, steal = map(
         int, Path("/proc/stat").read_text().split()[1:9]
     )
@@ -84,16 +92,19 @@ def seconds_of_others() -> float:
     return ticks / os.sysconf("SC_CLK_TCK") - own.ru_utime - own.ru_stime
 
 
-def low_fifth(times: list[float]) -> float:
+def percentile_20(times: list[float]) -> float:
     return statistics.quantiles(times, n=5, method="inclusive")[0]
 
 
 def spread(times: list[float]) -> float:
-    return statistics.quantiles(times, n=5, method="inclusive")[3] / low_fifth(times)
+    return statistics.quantiles(times, n=5, method="inclusive")[3] / percentile_20(times)
 
 
 def peak_bytes(step: Step, student: Tensor, device: str) -> int:
-    """Most memory above the inputs during a step, by the CUDA allocator or by Linux's high-water mark."""
+    """Return the peak memory of a step above the inputs.
+
+    It comes from the CUDA allocator, or from Linux's high-water mark.
+    """
     student.grad = None
     if device == "cuda":
         torch.cuda.synchronize()
@@ -115,7 +126,7 @@ def resident(field: str) -> int:
 
 
 def kernels(step: Step) -> int:
-    """What a step starts on the GPU: kernels, fills and copies."""
+    """Count what a step launches on the GPU: kernels, fills and copies."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
@@ -123,23 +134,17 @@ def kernels(step: Step) -> int:
 
 
 def host_seconds(step: Step) -> float:
-    """What a step costs the host, which does not wait for the GPU."""
+    """Return the time of a step on the host, which does not wait for the GPU."""
     return statistics.median(timeit.Timer(step, torch.cuda.synchronize).repeat(50, 1))
 
 
-# What goes on every row ---------------------------------------------------------------------------------------------
+# --- columns of every row ---
 
 
 def machine(device: str) -> Row:
-    processor = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) or [
-        platform.machine()
-    ]
-    instructions = torch.backends.cpu.get_cpu_capability()
     driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "device": torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"{processor[0]} with {instructions}",
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "threads": torch.get_num_threads(),
         "driver": output_of(*driver).partition("\n")[0] if device == "cuda" else "",
         "torch": torch.__version__,
@@ -149,48 +154,55 @@ def machine(device: str) -> Row:
     }
 
 
+def processor() -> str:
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = names[0] if names else platform.machine()
+    return f"{name} with {torch.backends.cpu.get_cpu_capability()}"
+
+
 def commit(root: Path = ROOT) -> str:
-    """Of a checkout; with "-dirty" if a file is changed or new, results and figures aside, which come of it."""
+    """Return the commit of the checkout, with "-dirty" if a file is changed or new.
+
+    Results and figures do not count, because a run writes them.
+    """
     git = ("git", "-C", str(root))
-    changed = output_of(
-        *git, "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/figures"
-    )
+    paths = (".", ":!benchmarks/results", ":!benchmarks/figures")
+    changed = output_of(*git, "status", "--porcelain", "--", *paths)
     return output_of(*git, "rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
 
 
 def output_of(*command: str) -> str:
-    """Of a command, stripped; "unknown" if it fails."""
+    """Return what a command prints, stripped, or "unknown" if it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
 
-# Tables, and which are kept -----------------------------------------------------------------------------------------
+# --- tables, and which are published ---
 
 
 def show(rows: list[Row], title: str, columns: list[str]) -> None:
     print(f"\n{title}")
     widths = [max(len(column), *(len(str(row[column])) for row in rows)) for column in columns]
-    for line in (dict(zip(columns, columns)), *rows):
-        print(
-            "  ".join(str(line[column]).rjust(width) for column, width in zip(columns, widths)),
-            flush=True,
-        )
+    for cells in (columns, *([str(row[column]) for column in columns] for row in rows)):
+        line = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths))
+        print(line, flush=True)
 
 
 def refusals(rows: list[Row]) -> list[str]:
-    """Why these rows, each with its spread, load and commit, may not be published: one reason a line."""
+    """Return why these rows may not be published, one line per reason."""
     reasons = []
     for row in rows:
-        what = ", ".join(str(row[name]) for name in ("use", "shape", "dtype") if name in row)
-        if float(row["load"]) > MAX_LOAD:
+        case = ", ".join(str(row[name]) for name in ("use", "shape", "dtype") if name in row)
+        load, ratio = row["load"], row["spread"]
+        if float(load) > MAX_LOAD:
             reasons.append(
-                f"load: {what}: others took {row['load']} of the CPU time, more than {MAX_LOAD}"
+                f"load: {case}: others took {load} of the CPU time, more than {MAX_LOAD}"
             )
-        if float(row["spread"]) > MAX_SPREAD:
+        if float(ratio) > MAX_SPREAD:
             reasons.append(
-                f"noise: {what}: {row['provider']}: p80/p20 is {row['spread']}, more than {MAX_SPREAD}"
+                f"noise: {case}: {row['provider']}: p80/p20 is {ratio}, more than {MAX_SPREAD}"
             )
     for state in {row["commit"] for row in rows if not re.fullmatch("[0-9a-f]+", row["commit"])}:
         reasons.append(f"not a clean checkout: {state}; commit or remove what `git status` names")
@@ -201,16 +213,20 @@ def refusals(rows: list[Row]) -> list[str]:
 
 
 def publish(rows: list[Row], name: str, out: Path | None) -> int:
-    """Write the rows into benchmarks/results, unless they are refused, or into `out` in any case; the exit status."""
+    """Write the rows as CSV, and return the exit status: 1 if they are refused.
+
+    Rows go into `out`, or into benchmarks/results unless they are refused.
+    """
     reasons = refusals(rows)
     path = (out or RESULTS) / name
-    if out or not reasons:
+    written = bool(out) or not reasons
+    if written:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
             writer.writerows(rows)
-    print(f"\n{path} is {'written' if out or not reasons else 'not written'}")
+    print(f"\n{path} is {'written' if written else 'not written'}")
     if reasons:
         print("REFUSED for benchmarks/results:")
     print(*(f"  {reason}" for reason in reasons), sep="\n", flush=True)
@@ -218,7 +234,7 @@ def publish(rows: list[Row], name: str, out: Path | None) -> int:
 
 
 def folder(text: str) -> Path:
-    """The argument --out."""
+    """Parse the argument --out."""
     path = Path(text).resolve()
     if path.is_relative_to(ROOT):
         raise argparse.ArgumentTypeError(f"must be outside of the repository {ROOT}, got {text}")

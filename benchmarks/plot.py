@@ -1,4 +1,4 @@
-"""Draw the benchmark's figures and print the tables of the pages, from the CSV files alone.
+"""Draw the figures and print the tables of the benchmarks, from the CSV files alone.
 
     python benchmarks/plot.py
 
@@ -6,7 +6,7 @@ For every device and dtype in benchmarks/results: time over `F.cross_entropy` by
 compiled, and peak memory. For a GPU also the roofline: ideal bytes per second as a share of what a
 copy reaches. A time is the 20th percentile of its bursts; the line above it ends at the 80th.
 
-Printed are the tables of benchmarks/README.md, then the four rows of README.md.
+Prints the tables of benchmarks/README.md, then the four rows of README.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read(path: Path) -> list[Row]:
 
 
 def draw_panel(axes: Axes, rows: list[Row], label: str) -> None:
-    """A dot a provider, side by side above each shape."""
+    """Draw one dot per provider above each shape, side by side."""
     column, forms = PANELS[label]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     shown = [
@@ -57,26 +57,15 @@ def draw_panel(axes: Axes, rows: list[Row], label: str) -> None:
     for index, provider in enumerate(providers):
         name, _, form = provider.partition(", ")
         color, marker = STYLES[name]
+        fill = "none" if form else "full"
         points = [row for row in shown if row["provider"] == provider and row[column]]
-        places = [
-            shapes.index(row["shape"]) + 0.1 * (index - (len(providers) - 1) / 2) for row in points
-        ]
-        heights = [float(row[column]) for row in points]
-        axes.plot(
-            places,
-            heights,
-            marker,
-            color=color,
-            fillstyle="none" if form else "full",
-            label=provider,
-        )
+        offset = 0.1 * (index - (len(providers) - 1) / 2)
+        x = [shapes.index(row["shape"]) + offset for row in points]
+        y = [float(row[column]) for row in points]
+        axes.plot(x, y, marker, color=color, fillstyle=fill, label=provider)
         if column == "time_over_cross_entropy":
-            axes.vlines(
-                places,
-                heights,
-                [float(row["spread"]) * x for row, x in zip(points, heights)],
-                color=color,
-            )
+            p80 = [float(row["spread"]) * p20 for row, p20 in zip(points, y)]
+            axes.vlines(x, y, p80, color=color)
     if column == "time_over_cross_entropy":
         axes.set_yscale("log", subs=(2, 5))
     else:
@@ -176,29 +165,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--results", type=Path, default=here / "results", help="folder of the CSV files"
-    )
-    parser.add_argument(
-        "--figures", type=Path, default=here / "figures", help="folder to draw into"
-    )
+    parser.add_argument("--results", type=Path, default=here / "results", help="of the CSV files")
+    parser.add_argument("--figures", type=Path, default=here / "figures", help="to draw into")
     args = parser.parse_args()
-    found = [
-        path for path in (args.results / "cpu.csv", args.results / "cuda.csv") if path.exists()
-    ]
-    if not found:
-        parser.error(f"{args.results} holds neither cpu.csv nor cuda.csv; run bench_loss.py first")
+    paths = [args.results / "cpu.csv", args.results / "cuda.csv"]
+    paths = [path for path in paths if path.exists()]
+    if not paths:
+        parser.error(f"{args.results} has neither cpu.csv nor cuda.csv; run bench_loss.py first")
     args.figures.mkdir(parents=True, exist_ok=True)
-    for path in found:
+    for path in paths:
         rows = read(path)
         for dtype in dict.fromkeys(row["dtype"] for row in rows):
             chosen = [row for row in rows if row["dtype"] == dtype]
             draw(chosen, args.figures / f"{path.stem}_{dtype}.png")
             print(table(chosen))
     linear = args.results / "cpu_linear.csv"
-    if linear.exists() and found[0].stem == "cpu":
+    if linear.exists() and paths[0].stem == "cpu":
         rows = read(linear)
-        print(linear_table(rows), summary(read(found[0]), rows), sep="\n\n")
+        print(linear_table(rows), summary(read(paths[0]), rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The networks of the CRD benchmark on CIFAR-100, under the names of RepDistiller, whose checkpoints they load.
+"""The networks of the CRD benchmark on CIFAR-100. They load RepDistiller's checkpoints.
 
     import torch
     from cifar_models import MODELS
@@ -7,11 +7,14 @@
     teacher.load_state_dict(torch.load("ckpt_epoch_240.pth", map_location="cpu")["model"])
     logits = teacher.eval()(images)  # (N, 3, 32, 32) -> (N, 100)
 
-`MODELS` maps a name to a constructor. Names, state dicts (names, shapes and order), initialisation and output are those
-of https://github.com/HobbitLong/RepDistiller (Tian et al., "Contrastive Representation Distillation", ICLR 2020), so
-that nobody has to train teachers to start: scripts/fetch_pretrained_teachers.sh there fetches its six (wrn_40_2,
-resnet56, resnet110, resnet32x4, vgg13, ResNet50). The code is written anew. It returns logits only; a network is a
-sequence of named modules, so `model[:n]` or a forward hook gives features. All are for images of 32 x 32 pixels.
+`MODELS` maps a name to a constructor. Names, state dicts (names, shapes and order), initialisation
+and outputs are those of https://github.com/HobbitLong/RepDistiller (Tian et al., "Contrastive
+Representation Distillation", ICLR 2020). So you need not train teachers first:
+scripts/fetch_pretrained_teachers.sh there downloads wrn_40_2, resnet56, resnet110, resnet32x4,
+vgg13 and ResNet50.
+
+The code was written anew and returns logits only. A network is a sequence of named modules, so
+`model[:n]` or a forward hook gives features. All networks take images of 32 x 32 pixels.
 """
 
 from __future__ import annotations
@@ -24,18 +27,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# What the networks share --------------------------------------------------------------------------------------------
+# What the networks share --------------------------------------------------------------------------
 
 
 def named(**modules: nn.Module) -> nn.Sequential:
-    """The modules one after the other, each under its name. Names of modules without parameters are ours."""
+    """The modules in order, each under its name."""
     return nn.Sequential(OrderedDict(modules))
 
 
 def conv(
     inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, bias: bool = False
 ) -> nn.Conv2d:
-    """Padded such that stride 1 keeps the size of the image."""
+    """Padded so that stride 1 keeps the size of the image."""
     return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=bias)
 
 
@@ -52,21 +55,21 @@ def conv_bn_relu(
 def stage(
     block: Callable[[int, int, int], nn.Module], inputs: int, outputs: int, blocks: int, stride: int
 ) -> nn.Sequential:
-    """Blocks, constructed from inputs, outputs and stride; the first changes the channels and the resolution."""
+    """A number of blocks. The first one changes the channels and the resolution."""
     return nn.Sequential(
         block(inputs, outputs, stride), *(block(outputs, outputs, 1) for _ in range(blocks - 1))
     )
 
 
 def shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The identity where the shape allows it, else a 1 x 1 convolution."""
+    """The identity if the shape stays the same, otherwise a 1 x 1 convolution."""
     if stride == 1 and inputs == outputs:
         return nn.Identity()
     return nn.Sequential(conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
 
 def initialise_convolutions(model: nn.Module) -> None:
-    """Normal, with variance 2 / fan-out (He et al. 2015); biases 0. The ShuffleNets keep PyTorch's default."""
+    """Normal, with variance 2 / fan-out (He et al. 2015); biases 0. Not for the ShuffleNets."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -75,12 +78,12 @@ def initialise_convolutions(model: nn.Module) -> None:
 
 
 def initialise_classifier(classifier: nn.Linear) -> None:
-    """Of the VGGs and MobileNetV2."""
+    """As in the VGGs and MobileNetV2."""
     nn.init.normal_(classifier.weight, std=0.01)
     nn.init.zeros_(classifier.bias)
 
 
-# ResNets (He et al. 2016) -------------------------------------------------------------------------------------------
+# ResNets (He et al. 2016) -------------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
@@ -139,7 +142,7 @@ class Bottleneck(nn.Module):
 
 
 def resnet50(num_classes: int) -> nn.Sequential:
-    """The ResNet-50 for ImageNet, with a stem that keeps the resolution."""
+    """The ResNet-50 for ImageNet, but with a stem that keeps the resolution."""
     model = named(
         conv1=conv(3, 64, 3),
         bn1=nn.BatchNorm2d(64),
@@ -156,7 +159,7 @@ def resnet50(num_classes: int) -> nn.Sequential:
     return model
 
 
-# Wide ResNets (Zagoruyko & Komodakis 2016) --------------------------------------------------------------------------
+# Wide ResNets (Zagoruyko & Komodakis 2016) --------------------------------------------------------
 
 
 class PreActivationBlock(nn.Module):
@@ -195,7 +198,7 @@ def wide_resnet(num_classes: int, *, depth: int, width: int) -> nn.Sequential:
     return model
 
 
-# VGG (Simonyan & Zisserman 2015) ------------------------------------------------------------------------------------
+# VGG (Simonyan & Zisserman 2015) ------------------------------------------------------------------
 
 
 def vgg_block(inputs: int, outputs: int, convolutions: int, *pool: nn.Module) -> nn.Sequential:
@@ -206,7 +209,7 @@ def vgg_block(inputs: int, outputs: int, convolutions: int, *pool: nn.Module) ->
 
 
 def vgg(num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> nn.Sequential:
-    """With batch norm. Small images leave room for three halvings: nothing is pooled between the last two blocks."""
+    """With batch norm. The images are small, so there is no pooling between the last two blocks."""
     model = named(
         block0=vgg_block(3, 64, convolutions[0], nn.MaxPool2d(2)),
         block1=vgg_block(64, 128, convolutions[1], nn.MaxPool2d(2)),
@@ -222,7 +225,7 @@ def vgg(num_classes: int, *, convolutions: tuple[int, int, int, int, int]) -> nn
     return model
 
 
-# MobileNetV2 (Sandler et al. 2018) ----------------------------------------------------------------------------------
+# MobileNetV2 (Sandler et al. 2018) ----------------------------------------------------------------
 
 
 class InvertedResidual(nn.Module):
@@ -242,7 +245,7 @@ class InvertedResidual(nn.Module):
 
 
 def mobilenet_v2(num_classes: int) -> nn.Sequential:
-    """Expansion 6, half the width; but the last convolution has all its 1280 channels."""
+    """Expansion 6 and half the width, except for the 1280 channels of the last convolution."""
     expanded = partial(InvertedResidual, 6)
     model = named(
         conv1=nn.Sequential(*conv_bn_relu(3, 16, 3, stride=2)),
@@ -265,7 +268,7 @@ def mobilenet_v2(num_classes: int) -> nn.Sequential:
     return model
 
 
-# ShuffleNets (Zhang et al. 2018, Ma et al. 2018) --------------------------------------------------------------------
+# ShuffleNets (Zhang et al. 2018, Ma et al. 2018) --------------------------------------------------
 
 
 def shuffle(x: Tensor, groups: int) -> Tensor:
@@ -275,15 +278,13 @@ def shuffle(x: Tensor, groups: int) -> Tensor:
 
 
 class ShuffleV1Block(nn.Module):
-    """With stride 2 the pooled input is not added to the output but makes up its last channels."""
+    """With stride 2 the pooled input is not added to the output but becomes its last channels."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         computed = outputs if stride == 1 else outputs - inputs
         middle = computed // 4
-        self.groups = (
-            1 if inputs == 24 else 3
-        )  # the 24 channels of the stem are too few to be grouped
+        self.groups = 1 if inputs == 24 else 3  # the stem's 24 channels are too few for groups
         self.stride = stride
         self.conv1 = conv(inputs, middle, 1, groups=self.groups)
         self.bn1 = nn.BatchNorm2d(middle)
@@ -318,7 +319,7 @@ def shufflenet_v1(num_classes: int) -> nn.Sequential:
 
 
 class ShuffleV2Block(nn.Module):
-    """Half of the channels pass as they are."""
+    """Half of the channels pass unchanged."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -331,15 +332,15 @@ class ShuffleV2Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, out = x.chunk(2, dim=1)
+        unchanged, out = x.chunk(2, dim=1)
         out = F.relu(self.bn1(self.conv1(out)))
         out = self.bn2(self.conv2(out))
         out = F.relu(self.bn3(self.conv3(out)))
-        return shuffle(torch.cat([kept, out], 1), groups=2)
+        return shuffle(torch.cat([unchanged, out], 1), groups=2)
 
 
 class ShuffleV2DownBlock(nn.Module):
-    """Two branches, conv1 and conv2 beside conv3 to conv5, halve the resolution."""
+    """Two branches halve the resolution: conv1 and conv2, and conv3 to conv5."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -356,12 +357,12 @@ class ShuffleV2DownBlock(nn.Module):
         self.bn5 = nn.BatchNorm2d(half)
 
     def forward(self, x: Tensor) -> Tensor:
-        left = self.bn1(self.conv1(x))
-        left = F.relu(self.bn2(self.conv2(left)))
-        right = F.relu(self.bn3(self.conv3(x)))
-        right = self.bn4(self.conv4(right))
-        right = F.relu(self.bn5(self.conv5(right)))
-        return shuffle(torch.cat([left, right], 1), groups=2)
+        short = self.bn1(self.conv1(x))
+        short = F.relu(self.bn2(self.conv2(short)))
+        long = F.relu(self.bn3(self.conv3(x)))
+        long = self.bn4(self.conv4(long))
+        long = F.relu(self.bn5(self.conv5(long)))
+        return shuffle(torch.cat([short, long], 1), groups=2)
 
 
 def shufflenet_v2(num_classes: int) -> nn.Sequential:
@@ -389,7 +390,7 @@ def shufflenet_v2(num_classes: int) -> nn.Sequential:
     )
 
 
-# Their names in RepDistiller ----------------------------------------------------------------------------------------
+# Their names in RepDistiller ----------------------------------------------------------------------
 
 MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet8": partial(resnet, depth=8),
@@ -399,9 +400,8 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {
     "resnet44": partial(resnet, depth=44),
     "resnet56": partial(resnet, depth=56),
     "resnet110": partial(resnet, depth=110),
-    "resnet8x4": partial(
-        resnet, depth=8, widths=(32, 64, 128, 256)
-    ),  # the stem has twice the channels, not 4 times
+    # The stem of the "x4" networks is twice as wide, not 4 times.
+    "resnet8x4": partial(resnet, depth=8, widths=(32, 64, 128, 256)),
     "resnet32x4": partial(resnet, depth=32, widths=(32, 64, 128, 256)),
     "ResNet50": resnet50,
     "wrn_16_1": partial(wide_resnet, depth=16, width=1),

@@ -1,29 +1,40 @@
-"""What Weighted Soft Labels buy: students of a teacher that is sometimes wrong, on scikit-learn's handwritten digits.
+"""What Weighted Soft Labels gain from a teacher that is sometimes wrong: handwritten digits.
 
     pip install "weighted-soft-labels[examples]"
     python digits.py
 
-A small network learns 997 images that were shifted and made noisy, once, so that it overfits and soft labels help it:
-by CE (labels alone), KD (CE + alpha * T^2 * KL, one weight for all) or WSL, from the same first weights, with the same
-batches, T and alpha. The teacher's logits are cached, and on a share of the images, drawn at random, rolled to a wrong
-class, as if the cache were misaligned. The weak teacher, which saw 120 of the images, is wrong on hard ones instead.
+A small network learns 997 images of scikit-learn's digits, which were shifted and made noisy once.
+The network overfits, so soft labels help. Its loss is one of
 
-Defaults (6 seeds), on an AMD EPYC with 2 cores, beside other programs: 73 s of one core; torch 2.14.1,
-scikit-learn 1.9.1. Test accuracy in %, mean +- standard deviation; WSL - KD within a seed, mean and 95 % interval:
+    CE   the labels alone
+    KD   CE + alpha * T^2 * KL(teacher || student), one weight for all images
+    WSL  `weighted_soft_labels.wsl_loss`, a weight for each image
 
-    teacher         wrong on      CE            KD           WSL         WSL - KD     weight where right, wrong
-    good teacher        16 %   57.6 +- 0.9   68.8 +- 0.4   67.6 +- 0.3    -1.1 +- 0.2            0.67   0.46
-    10 % misaligned     25 %   57.6 +- 0.9   66.2 +- 0.3   67.4 +- 0.4    +1.3 +- 0.5            0.67   0.30
-    20 % misaligned     33 %   57.6 +- 0.9   62.9 +- 0.8   66.5 +- 0.4    +3.6 +- 0.8            0.66   0.23
-    40 % misaligned     50 %   57.6 +- 0.9   56.8 +- 1.0   65.5 +- 0.6    +8.7 +- 1.1            0.65   0.15
-    weak teacher        35 %   57.6 +- 0.9   61.9 +- 0.3   62.7 +- 0.7    +0.8 +- 0.7            0.48   0.34
+The three students of a seed have the same first weights, batches, T and alpha. The teacher's logits
+are cached. On a random share of the images the cached logits are rolled to a wrong class, as in a
+misaligned cache. The weak teacher saw 120 of the images and is wrong on the difficult ones instead.
 
-The weights are small where the teacher is wrong, so WSL keeps most of what a good teacher gives, where KD falls to CE.
-Where nothing is misaligned it costs a point. A weak teacher is another matter, as it gives less where it is right, too:
-trained on 60, 120 or 300 images (--weak-images) it is wrong on 45, 35 or 21 %, and WSL - KD is +4.0 +- 1.5, +0.8 +- 0.7
-or -0.8 +- 0.1.
-The setting is made for this question: where a student does not overfit, soft labels have little to give. It was last
-changed for speed, on other seeds; before, a slower one had been seen on these, with +11.8 where 40 % are misaligned.
+Defaults (6 seeds) on an AMD EPYC with 2 cores, beside other programs: 73 s of one core;
+torch 2.14.1, scikit-learn 1.9.1. Test accuracy in %, mean +- standard deviation. WSL - KD within a
+seed, mean and 95 % interval. Weights: mean over the images where the teacher is right or wrong.
+
+    teacher          wrong        CE            KD           WSL         WSL - KD     right wrong
+    good teacher      16 %   57.6 +- 0.9   68.8 +- 0.4   67.6 +- 0.3    -1.1 +- 0.2    0.67  0.46
+    10 % misaligned   25 %   57.6 +- 0.9   66.2 +- 0.3   67.4 +- 0.4    +1.3 +- 0.5    0.67  0.30
+    20 % misaligned   33 %   57.6 +- 0.9   62.9 +- 0.8   66.5 +- 0.4    +3.6 +- 0.8    0.66  0.23
+    40 % misaligned   50 %   57.6 +- 0.9   56.8 +- 1.0   65.5 +- 0.6    +8.7 +- 1.1    0.65  0.15
+    weak teacher      35 %   57.6 +- 0.9   61.9 +- 0.3   62.7 +- 0.7    +0.8 +- 0.7    0.48  0.34
+
+The weights are small where the teacher is wrong. So WSL keeps most of the gain of a good teacher
+where KD falls to CE. If no logits are misaligned, WSL costs a point.
+
+A weak teacher gives less weight also where it is right. Trained on 60, 120 or 300 images
+(--weak-images) it is wrong on 45, 35 or 21 %, and WSL - KD is +4.0 +- 1.5, +0.8 +- 0.7 or
+-0.8 +- 0.1.
+
+This setting was made for the question: soft labels help little where a student does not overfit.
+The setting was last changed for speed, on other seeds. A slower one had been run on these seeds
+before and gave +11.8 where 40 % are misaligned.
 """
 
 from __future__ import annotations
@@ -46,7 +57,7 @@ from weighted_soft_labels import wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
 
 TEST_IMAGES = 800
-TEST_VERSIONS = 10  # distorted versions of every test image, so that accuracy depends less on the draw of the noise
+TEST_VERSIONS = 10  # distortions of each test image, so that accuracy depends less on the noise
 NOISE = 0.3  # standard deviation; pixels are from 0 to 1
 BATCH, LR = 100, 3e-3
 MISALIGNED = {
@@ -56,17 +67,17 @@ MISALIGNED = {
     "40 % misaligned": 0.4,
 }
 WEAK = "weak teacher"
-SHOWN = "20 % misaligned"  # whose weights the figure shows
+SHOWN = "20 % misaligned"  # the figure shows the weights for this teacher
 COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00"}
 
 
-# Distillation: what to lift into a project of your own --------------------------------------------------------------
+# Distillation: the part to copy into your project -------------------------------------------------
 
 
 def distil(
     images: Tensor, teacher_logits: Tensor, labels: Tensor, method: str, args: argparse.Namespace
 ) -> nn.Module:
-    """A student. As its images stay the same, the teacher's logits have been computed once, in inference mode."""
+    """Train a student. Its images never change, so the teacher's logits were computed once."""
     options = {"temperature": args.temperature, "alpha": args.alpha}
     student = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
     optimizer = torch.optim.Adam(student.parameters(), lr=LR, fused=True)
@@ -96,7 +107,7 @@ def kd_loss(
     return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
 
 
-# Data and teachers --------------------------------------------------------------------------------------------------
+# Data and teachers --------------------------------------------------------------------------------
 
 
 def distort(images: Tensor) -> Tensor:
@@ -108,12 +119,18 @@ def distort(images: Tensor) -> Tensor:
 
 
 def train_teacher(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
-    """On images distorted anew in every epoch, so that it does not know the student's images by heart."""
+    """Train on images that are distorted anew in every epoch, unlike the student's images."""
     teacher = nn.Sequential(
-        *(nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU()),
-        *(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU()),
-        *(nn.Flatten(), nn.Linear(64 * 4 * 4, 10)),
-    ).to(memory_format=torch.channels_last)  # twice as fast on a CPU
+        nn.Conv2d(1, 32, 3, stride=2, padding=1),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 10),
+    )
+    teacher.to(memory_format=torch.channels_last)  # twice as fast on a CPU
     optimizer = torch.optim.Adam(teacher.parameters(), lr=LR, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for _ in range(epochs):
@@ -126,76 +143,76 @@ def train_teacher(images: Tensor, labels: Tensor, epochs: int) -> nn.Module:
 
 
 def misalign(logits: Tensor, labels: Tensor, rate: float) -> Tensor:
-    """A share `rate` of the rows of logits (N, 10), drawn at random, is rolled to have its maximum at a wrong class."""
+    """Roll a random share `rate` of the rows of logits (N, 10) to a maximum at a wrong class."""
     drawn = torch.randperm(len(logits)) < rate * len(logits)
     steps = labels + torch.randint(1, 10, labels.shape) - logits.argmax(1)
     rolled = logits.gather(1, (torch.arange(10) - steps.unsqueeze(1)) % 10)
     return torch.where(drawn.unsqueeze(1), rolled, logits)
 
 
-# One seed -----------------------------------------------------------------------------------------------------------
+# One seed -----------------------------------------------------------------------------------------
 
 
 class Outcome(NamedTuple):
-    """Of one teacher and one or more seeds."""
+    """Results with one teacher for one or more seeds."""
 
     accuracies: dict[str, Tensor]  # of the students by method, (seeds,), in percent
     weights: Tensor  # of the training images after the last epoch of WSL, (seeds * images,)
-    right: Tensor  # whether the teacher is, on each of them
+    right: Tensor  # True where the teacher is right, (seeds * images,)
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> dict[str, Outcome]:
-    """Outcomes by teacher. Everything is drawn anew, from the split into training and test images on."""
+    """Outcomes by teacher. The seed decides on everything, also on the training images."""
     torch.manual_seed(seed)
     digits = load_digits()
-    clean, labels = (
-        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
-        torch.tensor(digits.target),
-    )
+    clean = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
     test, train = torch.randperm(len(clean)).split([TEST_IMAGES, len(clean) - TEST_IMAGES])
-    few, test = train[: args.weak_images], test.repeat(TEST_VERSIONS)
+    few = train[: args.weak_images]
+    test = test.repeat(TEST_VERSIONS)
     teacher = train_teacher(clean[train], labels[train], args.teacher_epochs)
     weak_teacher = train_teacher(clean[few], labels[few], 2 * args.teacher_epochs)
     test_images, test_labels = distort(clean[test]), labels[test]
     images, labels = distort(clean[train]), labels[train]
     with torch.inference_mode():
         good_logits, weak_logits = teacher(images), weak_teacher(images)
-    cached = {name: misalign(good_logits, labels, rate) for name, rate in MISALIGNED.items()} | {
-        WEAK: weak_logits
-    }
+    cached = {name: misalign(good_logits, labels, rate) for name, rate in MISALIGNED.items()}
+    cached[WEAK] = weak_logits
 
-    outcomes, students = {}, {}
+    outcomes: dict[str, Outcome] = {}
+    students: dict[str, nn.Module] = {}
     for name, teacher_logits in cached.items():
         for method in COLORS:
-            if method != "CE" or not students:  # CE's student has no teacher: one does for all
-                torch.manual_seed(
-                    seed
-                )  # all students start from the same weights and see the same batches
-                students[method] = distil(images, teacher_logits, labels, method, args)
+            if method == "CE" and students:  # the student without a teacher is the same for all
+                continue
+            torch.manual_seed(seed)  # the same first weights and batches for all students
+            students[method] = distil(images, teacher_logits, labels, method, args)
         with torch.inference_mode():
-            hits = {
-                method: student(test_images).argmax(1) == test_labels
+            accuracies = {
+                method: accuracy(student(test_images), test_labels)
                 for method, student in students.items()
             }
             weights = wsl_terms(students["WSL"](images), teacher_logits, labels).weight
-        accuracies = {
-            method: 100 * hit.float().mean(0, keepdim=True) for method, hit in hits.items()
-        }
         outcomes[name] = Outcome(accuracies, weights, teacher_logits.argmax(1) == labels)
     return outcomes
 
 
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """In percent, (1,)."""
+    return 100 * (logits.argmax(1) == labels).float().mean(0, keepdim=True)
+
+
 def merge(outcomes: list[Outcome]) -> Outcome:
+    """One outcome for the seeds of all `outcomes`."""
     accuracies = {
         method: torch.cat([outcome.accuracies[method] for outcome in outcomes]) for method in COLORS
     }
-    weights, right = (
-        torch.cat([getattr(outcome, name) for outcome in outcomes]) for name in ("weights", "right")
-    )
+    weights = torch.cat([outcome.weights for outcome in outcomes])
+    right = torch.cat([outcome.right for outcome in outcomes])
     return Outcome(accuracies, weights, right)
 
 
-# The report ---------------------------------------------------------------------------------------------------------
+# The report ---------------------------------------------------------------------------------------
 
 
 def interval(values: Tensor) -> tuple[float, float]:
@@ -209,22 +226,20 @@ def wrong_share(outcome: Outcome) -> float:
 
 
 def print_table(outcomes: dict[str, Outcome], seeds: int) -> None:
-    print(
-        f"\nTest accuracy in %, mean +- standard deviation over {seeds} seeds; WSL - KD within a seed, 95 % interval\n"
-    )
-    print(
-        "teacher         wrong on      CE            KD           WSL         WSL - KD     weight where right, wrong"
-    )
+    print(f"\nTest accuracy in %, mean +- standard deviation over {seeds} seeds.")
+    print("WSL - KD within a seed, 95 % interval. Weights where the teacher is right or wrong.\n")
+    header = "teacher          wrong        CE            KD           WSL         WSL - KD"
+    print(f"{header}     right wrong")
     for name, outcome in outcomes.items():
         cells = "".join(
             f"   {values.mean():.1f} +- {values.std():.1f}"
             for values in outcome.accuracies.values()
         )
         mean, half = interval(outcome.accuracies["WSL"] - outcome.accuracies["KD"])
-        right, wrong = (outcome.weights[of].mean() for of in (outcome.right, ~outcome.right))
-        print(
-            f"{name:15} {wrong_share(outcome):6.0f} %{cells}   {mean:+5.1f} +- {half:.1f} {right:15.2f}{wrong:7.2f}"
-        )
+        right = outcome.weights[outcome.right].mean()
+        wrong = outcome.weights[~outcome.right].mean()
+        gain = f"   {mean:+5.1f} +- {half:.1f}"
+        print(f"{name:15} {wrong_share(outcome):4.0f} %{cells}{gain}   {right:5.2f} {wrong:5.2f}")
 
 
 def plot_accuracies(axes: Axes, outcomes: dict[str, Outcome]) -> None:
@@ -234,6 +249,7 @@ def plot_accuracies(axes: Axes, outcomes: dict[str, Outcome]) -> None:
             *(interval(outcome.accuracies[method]) for outcome in outcomes.values())
         )
         style = {"color": color, "capsize": 4}
+        # The weak teacher comes last, as a point beside the line.
         axes.errorbar(shares[:-1], means[:-1], halves[:-1], fmt="o-", label=method, **style)
         axes.errorbar(
             shares[-1:], means[-1:], halves[-1:], fmt="D", markerfacecolor="white", **style
@@ -247,19 +263,8 @@ def plot_accuracies(axes: Axes, outcomes: dict[str, Outcome]) -> None:
 
 
 def plot_weights(axes: Axes, outcome: Outcome) -> None:
-    for name, of, color in (
-        ("right", outcome.right, "#009e73"),
-        ("wrong", ~outcome.right, "#cc79a7"),
-    ):
-        count, edges = torch.histogram(outcome.weights[of], 25, range=(0, 1))
-        axes.stairs(
-            100 * count / of.sum(),
-            edges,
-            fill=True,
-            color=color,
-            alpha=0.6,
-            label=f"teacher is {name}",
-        )
+    histogram(axes, outcome.weights[outcome.right], "teacher is right", "#009e73")
+    histogram(axes, outcome.weights[~outcome.right], "teacher is wrong", "#cc79a7")
     axes.set(
         xlim=(0, 1),
         xlabel=f"weight of a training image, {SHOWN}",
@@ -268,48 +273,58 @@ def plot_weights(axes: Axes, outcome: Outcome) -> None:
     axes.legend(fontsize=8)
 
 
-def main() -> None:
+def histogram(axes: Axes, weights: Tensor, label: str, color: str) -> None:
+    count, edges = torch.histogram(weights, 25, range=(0, 1))
+    share = 100 * count / len(weights)
+    axes.stairs(share, edges, fill=True, color=color, alpha=0.6, label=label)
+
+
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    option = parser.add_argument
-    option("--seeds", type=int, default=6, help="at least 2, for the intervals (6)")
-    option("--epochs", type=int, default=60, help="of a student (60)")
-    option(
+    parser.add_argument("--seeds", type=int, default=6, help="at least 2, for the intervals (6)")
+    parser.add_argument("--epochs", type=int, default=60, help="of a student (60)")
+    parser.add_argument(
         "--teacher-epochs",
         type=int,
         default=40,
         help="of the good teacher; the weak one has twice as many (40)",
     )
-    option(
-        "--weak-images", type=int, default=120, help="on which the weak teacher is trained (120)"
+    parser.add_argument(
+        "--weak-images", type=int, default=120, help="training images of the weak teacher (120)"
     )
-    option(
+    parser.add_argument(
         "--temperature",
         type=float,
         default=4.0,
         help="of KD and WSL (4, the paper's for CIFAR-100)",
     )
-    option(
+    parser.add_argument(
         "--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)"
     )
-    option("--figure", type=Path, default=Path("digits.png"), help="where to save it (digits.png)")
+    parser.add_argument(
+        "--figure", type=Path, default=Path("digits.png"), help="where to save it (digits.png)"
+    )
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error(f"--seeds must be at least 2, got {args.seeds}")
-    if not args.figure.parent.is_dir():  # now, not after the training
+    if not args.figure.parent.is_dir():  # checked before the training
         parser.error(f"the folder of --figure {args.figure} does not exist")
+    return args
 
-    torch.set_num_threads(
-        1
-    )  # more gain little on networks this small, and lose a lot on a busy machine
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)  # more threads do not help networks this small
     runs = [run_seed(seed, args) for seed in tqdm(range(args.seeds), unit="seed")]
     outcomes = {name: merge([run[name] for run in runs]) for name in runs[0]}
     print_table(outcomes, args.seeds)
+
     figure = Figure(figsize=(9.6, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    plot_accuracies(left, outcomes)
-    plot_weights(right, outcomes[SHOWN])
+    accuracy_axes, weight_axes = figure.subplots(1, 2)
+    plot_accuracies(accuracy_axes, outcomes)
+    plot_weights(weight_axes, outcomes[SHOWN])
     figure.suptitle(
         f"Students of a teacher that is sometimes wrong: noisy 8 x 8 digits, {args.seeds} seeds",
         fontsize=11,

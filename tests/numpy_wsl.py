@@ -1,7 +1,8 @@
-"""The paper's loss once more, in NumPy and long double: one row at a time, no shared code with anything.
+"""The paper's loss in NumPy and long double, row by row. Shares no code with the package.
 
-With the size of the terms that loss and gradient are sums of, which is what a rounding error is to be compared with. A
-probability of more than half is counted from 1, so that sure models have small terms there.
+Loss and gradient are sums of terms, and a rounding error is to be compared with the size of these
+terms. So this file returns the sizes, too. A probability above one half is written as 1 minus the
+sum of the others, so that confident models have small terms.
 """
 
 from __future__ import annotations
@@ -22,17 +23,18 @@ class Row(NamedTuple):
 
 class Softmax(NamedTuple):
     z: Array  # (x - max) / T
-    leader: Array  # 1 at the class that has more than half, 0 elsewhere
-    less: Array  # softmax - leader
+    top: Array  # 1 at the class that has more than half, else 0
+    difference: Array  # softmax - top
     log_sum: Array  # log of the sum of exp(z)
 
 
 def softmax(x: Array, temperature: float) -> Softmax:
     z = (x - x.max()) / np.longdouble(temperature)
     first = np.arange(len(x)) == np.argmax(x)
-    rest = np.exp(z)[~first].sum()
-    leader = (first & (rest < 1)).astype(z.dtype)
-    return Softmax(z, leader, np.where(leader == 1, -rest, np.exp(z)) / (1 + rest), np.log1p(rest))
+    others = np.exp(z)[~first].sum()
+    top = (first & (others < 1)).astype(z.dtype)
+    difference = np.where(top == 1, -others, np.exp(z)) / (1 + others)
+    return Softmax(z, top, difference, np.log1p(others))
 
 
 def expectation(mass: Array, z: Array) -> Array:
@@ -49,36 +51,36 @@ def wsl_row(
     label_smoothing: float,
 ) -> Row:
     """Loss and gradient of one row with class probabilities q, from the closed form."""
-    s, t, q = (x.astype(np.longdouble) for x in (s, t, q))
+    s, t, q = s.astype(np.longdouble), t.astype(np.longdouble), q.astype(np.longdouble)
     student, teacher = softmax(s, 1), softmax(t, 1)
     soft_student, soft_teacher = softmax(s, temperature), softmax(t, temperature)
-    student_ce, teacher_ce = (q.sum() * x.log_sum - expectation(q, x.z) for x in (student, teacher))
+    student_ce = q.sum() * student.log_sum - expectation(q, student.z)
+    teacher_ce = q.sum() * teacher.log_sum - expectation(q, teacher.z)
     weight = -np.expm1(-student_ce / (teacher_ce + np.longdouble("1e-7")))
-    soft = soft_student.log_sum - expectation(
-        soft_teacher.less + soft_teacher.leader, soft_student.z
-    )
-    smoothed = (1 - np.longdouble(label_smoothing)) * q + np.longdouble(label_smoothing) / len(q)
-    hard = smoothed.sum() * student.log_sum - expectation(smoothed, student.z)
-    left = smoothed.sum() * student.leader - smoothed
+    teacher_p = soft_teacher.difference + soft_teacher.top
+    soft = soft_student.log_sum - expectation(teacher_p, soft_student.z)
+
+    smoothing = np.longdouble(label_smoothing)
+    smoothed = (1 - smoothing) * q + smoothing / len(q)
+    mass = smoothed.sum()
+    hard = mass * student.log_sum - expectation(smoothed, student.z)
+    loss = hard_weight * hard + alpha * temperature**2 * weight * soft
+
+    # What the differences leave: 0 where student and label, or student and teacher, agree.
+    hard_other = mass * student.top - smoothed
+    soft_other = soft_student.top - soft_teacher.top
+    hard_gradient = mass * student.difference + hard_other
+    soft_gradient = soft_student.difference - soft_teacher.difference + soft_other
+    hard_size = mass * abs(student.difference)
+    hard_size += (hard_other != 0) * (mass * student.top + smoothed)
+    soft_size = abs(soft_student.difference) + abs(soft_teacher.difference) + abs(soft_other)
+
     soft_scale = alpha * temperature * weight
-    loss = hard_weight * hard + temperature * soft_scale * soft
     return Row(
         loss,
-        hard_weight * (smoothed.sum() * student.less + left)
-        + soft_scale
-        * (soft_student.less - soft_teacher.less + (soft_student.leader - soft_teacher.leader)),
+        hard_weight * hard_gradient + soft_scale * soft_gradient,
         loss,  # a sum of terms that are all >= 0
-        hard_weight
-        * (
-            smoothed.sum() * (abs(student.less) + (left != 0) * student.leader)
-            + (left != 0) * smoothed
-        )
-        + soft_scale
-        * (
-            abs(soft_student.less)
-            + abs(soft_teacher.less)
-            + (soft_student.leader != soft_teacher.leader)
-        ),
+        hard_weight * hard_size + soft_scale * soft_size,
     )
 
 
@@ -91,12 +93,8 @@ def wsl_rows(
     hard_weight: float = 1.0,
     label_smoothing: float = 0.0,
 ) -> Row:
-    """Of every row of (N, C) logits and targets of indices (N,) or probabilities (N, C), stacked."""
+    """Stack the rows of (N, C) logits with a target of indices (N,) or probabilities (N, C)."""
     q = np.eye(student.shape[1])[target] if target.ndim == 1 else target
     options = (temperature, alpha, hard_weight, label_smoothing)
-    return Row(
-        *(
-            np.stack(part)
-            for part in zip(*(wsl_row(*row, *options) for row in zip(student, teacher, q)))
-        )
-    )
+    rows = [wsl_row(s, t, p, *options) for s, t, p in zip(student, teacher, q)]
+    return Row(*(np.stack(part) for part in zip(*rows)))

@@ -1,6 +1,6 @@
 """Regularization samples, bias and variance: by definition, however confident the models are.
 
-Judged by NumPy in float64 and, where float64 has no digits left either, by decimal arithmetic with hundreds.
+NumPy in float64 is the judge. Where float64 has no digits left, decimal arithmetic is.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from weighted_soft_labels import analysis
 from weighted_soft_labels.analysis import bias_variance, regularization_samples, wsl_terms
 
 TEMPERATURES = [0.5, 1.0, 2.0, 4.0]
-RULES = {  # of regularization samples, by the derivatives a and b = g - a: NumPy's, torch's or decimal
+# Rules of regularization samples, for derivatives a and b = g - a of NumPy, torch or decimal.
+RULES = {
     "magnitude": lambda a, b: abs(b) > abs(a),
     "opposing": lambda a, b: a + b > 0,
     "signed": lambda a, b: b > a,
@@ -59,7 +60,7 @@ def flat(logits, target, first=0):
 
 
 def slopes(s, t, q, temperature):
-    """The derivatives a and b along q, by their definition; good for rows that float64 can tell from certain ones."""
+    """The derivatives a and b along q, by definition; float64 needs rows that are not certain."""
     p, p_student, p_teacher = (
         np.exp(log_softmax(x)) for x in (s, s / temperature, t / temperature)
     )
@@ -67,7 +68,7 @@ def slopes(s, t, q, temperature):
     return a, temperature * (q * (p_student - p_teacher)).sum() - a
 
 
-def assert_by_definition(found, student, teacher, target, temperature, rule="magnitude"):
+def assert_by_definition(result, student, teacher, target, temperature, rule="magnitude"):
     """On all elements but those where |b| = |a|, or a + b = 0, to nine digits."""
     s, q = flat(student, target)
     t, _ = flat(teacher, target)
@@ -77,8 +78,8 @@ def assert_by_definition(found, student, teacher, target, temperature, rule="mag
     size = 1e-9 * (np.abs(a) + np.abs(b))
     clear = (np.abs(np.abs(b) - np.abs(a)) > size) & (np.abs(a + b) > size)
     assert clear.all() or clear.mean() > 0.9
-    assert found.dtype == torch.bool
-    assert (found.reshape(-1).numpy() == RULES[rule](a, b))[clear].all()
+    assert result.dtype == torch.bool
+    assert (result.reshape(-1).numpy() == RULES[rule](a, b))[clear].all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -87,27 +88,27 @@ def assert_by_definition(found, student, teacher, target, temperature, rule="mag
 def test_regularization_samples_by_definition(shape, probabilities, rule):
     for temperature in TEMPERATURES:
         inputs = problem(shape, probabilities=probabilities, scale=1.5)
-        found = regularization_samples(*inputs, temperature=temperature, rule=rule)
-        assert found.shape == shape[:1] * (len(shape) > 1) + shape[2:]
-        assert_by_definition(found, *inputs, temperature, rule)
+        result = regularization_samples(*inputs, temperature=temperature, rule=rule)
+        assert result.shape == shape[:1] * (len(shape) > 1) + shape[2:]
+        assert_by_definition(result, *inputs, temperature, rule)
         if rule == "magnitude":
-            assert regularization_samples(*inputs, temperature=temperature).equal(found)
+            assert regularization_samples(*inputs, temperature=temperature).equal(result)
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_regularization_samples_are_found_and_missed_in_both_ways(probabilities):
     student, teacher, target = problem((2000, 3), probabilities=probabilities, scale=2.0)
     student = student * torch.linspace(0.1, 3, 2000)[:, None]
-    found = regularization_samples(student, teacher, target, temperature=4.0)
-    assert_by_definition(found, student, teacher, target, 4.0)
+    result = regularization_samples(student, teacher, target, temperature=4.0)
+    assert_by_definition(result, student, teacher, target, 4.0)
     (s, q), (t, _) = flat(student, target), flat(teacher, target)
     x = np.array([sum(slopes(*row, 4.0)) for row in zip(s, t, q, strict=True)])
     for sign in (
         1,
         -1,
     ):  # the student's probability of the label is above the teacher's, or far below it
-        assert found.numpy()[sign * x > 0].mean() > 0.02
-    assert found.float().mean() < 0.9
+        assert result.numpy()[sign * x > 0].mean() > 0.02
+    assert result.float().mean() < 0.9
 
 
 @pytest.mark.parametrize("probabilities", [False, True])
@@ -133,10 +134,10 @@ def test_a_and_b_are_derivatives_of_the_losses_along_the_target(probabilities):
             torch.func.grad(lambda eps, i=i: losses(eps)[i].sum())(at).squeeze(1) for i in range(2)
         )
         for rule, holds in RULES.items():
-            found = regularization_samples(
+            result = regularization_samples(
                 student, teacher, target, temperature=temperature, rule=rule
             )
-            assert (found == holds(a, b)).all()
+            assert (result == holds(a, b)).all()
 
 
 @functools.cache
@@ -169,25 +170,25 @@ def arithmetic(request, monkeypatch):
 def test_regularization_samples_are_exact_for_confident_rows(dtype, rule):
     cases = []
     for margin in (10.0, 40.0, 300.0, 1000.0):
-        for ahead in (-3.5, -0.5, 0.5, 3.5):
+        for gain in (-3.5, -0.5, 0.5, 3.5):
             for temperature in (1.0, 2.0, 4.0):
-                cases += [((margin, 0.5, -1.0), (margin + ahead, 0.0, 0.0), 0, temperature)]
+                cases += [((margin, 0.5, -1.0), (margin + gain, 0.0, 0.0), 0, temperature)]
                 # The student knows better, or worse, than a teacher who is sure of another class.
                 cases += [
-                    ((0.0, margin, -1.0), (-1.0, margin + ahead, 0.0), label, temperature)
+                    ((0.0, margin, -1.0), (-1.0, margin + gain, 0.0), label, temperature)
                     for label in (0, 1)
                 ]
     with localcontext() as context:
         context.prec = 500
         expected = torch.tensor([RULES[rule](*exact(*case)) for case in cases])
     assert 0.2 < expected.float().mean() < 0.95
-    found = [
+    result = [
         regularization_samples(
             *torch.tensor([s, t], dtype=dtype), torch.tensor(y), temperature=temperature, rule=rule
         )
         for s, t, y, temperature in cases
     ]
-    assert torch.stack(found).tolist() == expected.tolist()
+    assert torch.stack(result).tolist() == expected.tolist()
 
     # What the definition makes of these rows as it stands, in float64.
     a, b = np.array([slopes(np.array(s), np.array(t), np.eye(3)[y], T) for s, t, y, T in cases]).T
@@ -198,18 +199,18 @@ def test_regularization_samples_are_exact_for_confident_rows(dtype, rule):
 @pytest.mark.parametrize("margin", [20.0, 80.0])
 @pytest.mark.parametrize("rule", RULES)
 def test_class_probabilities_do_not_cancel_for_confident_rows(margin, rule):
-    """One-hot probabilities go another way to the same answer, as far as float32 reaches: exp(-80)."""
+    """One-hot probabilities take another path to the same result, as far as exp(-80)."""
     for temperature in (1.0, 2.0):
         student = torch.randn(200, 5, generator=torch.Generator().manual_seed(0))
         student[:, 2] += margin
         teacher = student.roll(1, 0)
         for label in (0, 2):
             target = torch.full((200,), label)
-            found, one_hot = (
+            result, one_hot = (
                 regularization_samples(student, teacher, labels, temperature=temperature, rule=rule)
                 for labels in (target, F.one_hot(target, 5).float())
             )
-            assert one_hot.equal(found)
+            assert one_hot.equal(result)
 
 
 @pytest.mark.parametrize("shape", [(20000, 10), (40, 7, 30)])
@@ -218,22 +219,22 @@ def test_at_temperature_1_they_are_the_weights_below_1_minus_1_over_e(shape, sca
     student, teacher, target = problem(shape, scale=scale, ignored=True)
     teacher = student + 0.3 * teacher
     terms = wsl_terms(student, teacher, target)
-    # Where the 1e-7 in the weight changes no more than rounding does, and the weight is not 1 - 1/e to four digits.
+    # Here the 1e-7 changes the weight less than rounding, and the weight is not close to 1 - 1/e.
     clear = (
         (target != -100)
         & (terms.teacher_ce > 1e-3)
         & ((terms.weight - (1 - 1 / math.e)).abs() > 1e-4)
     )
     assert clear.float().mean() > 0.5
-    found = regularization_samples(student, teacher, target, temperature=1.0)
-    assert found[clear].equal(terms.weight[clear] < 1 - 1 / math.e)
-    assert 0.3 < found[clear].float().mean() < 0.7
+    result = regularization_samples(student, teacher, target, temperature=1.0)
+    assert result[clear].equal(terms.weight[clear] < 1 - 1 / math.e)
+    assert 0.3 < result[clear].float().mean() < 0.7
 
 
 @settings(max_examples=60, deadline=None)
 @given(rows(), st.booleans())
 def test_how_the_rules_contain_one_another(case, probabilities):
-    """Every sample that the soft term pulls down is one by all rules; what else there is, two of them share out."""
+    """The soft term pulls down samples of all rules; two rules share the other samples."""
     student, teacher, target, temperature = case
     target = F.one_hot(target, student.shape[1]).to(student.dtype) if probabilities else target
     for T in (1.0, temperature):
@@ -310,8 +311,8 @@ def test_masked_classes(student, teacher, label, expected, probabilities):
     target = F.one_hot(torch.tensor(label), 3).float() if probabilities else torch.tensor(label)
     for rule in RULES:
         logits = torch.tensor([student, teacher])
-        found = regularization_samples(*logits, target, temperature=4.0, rule=rule)
-        assert found.item() == (rule in expected.split())
+        result = regularization_samples(*logits, target, temperature=4.0, rule=rule)
+        assert result.item() == (rule in expected.split())
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
@@ -348,8 +349,8 @@ def test_huge_logits_do_not_overflow():
         student = torch.tensor([[magnitude, -magnitude, 0], [0, magnitude, 0]], dtype=dtype)
         teacher = torch.tensor([[magnitude, 0, 0], [magnitude, 0, 0]], dtype=dtype)
         target = torch.tensor([0, 0])
-        found = regularization_samples(student, teacher, target, temperature=4.0)
-        assert found.tolist() == [magnitude == 1e4, True]  # 1e30 - log(2) is a tie
+        result = regularization_samples(student, teacher, target, temperature=4.0)
+        assert result.tolist() == [magnitude == 1e4, True]  # 1e30 - log(2) is a tie
         assert regularization_samples(teacher, student, target, temperature=4.0).tolist() == [
             magnitude == 1e4,
             True,
@@ -360,7 +361,7 @@ def test_huge_logits_do_not_overflow():
 
 
 def decomposition(logits, q):
-    """Of one element, from (M, C) logits: the two definitions of the variance, and the mean cross-entropy."""
+    """One element, (M, C) logits: two definitions of the variance, and the mean cross-entropy."""
     log_yhat = np.stack([log_softmax(x) for x in logits])
     ybar = np.exp(log_yhat.mean(0))
     ybar /= ybar.sum()
@@ -374,10 +375,10 @@ def decomposition(logits, q):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_bias_and_variance_by_definition(shape, probabilities, dtype):
     logits, target = models(shape, dtype=dtype, probabilities=probabilities)
-    found = bias_variance(logits, target)
+    result = bias_variance(logits, target)
     x, q = flat(logits, target, first=1)
     expected = np.array([decomposition(x[:, n], q[n]) for n in range(x.shape[1])])
-    for value, column in ((found.bias, 0), (found.variance, 1), (found.variance, 2)):
+    for value, column in ((result.bias, 0), (result.variance, 1), (result.variance, 2)):
         assert value.shape == shape[:1] * (len(shape) > 1) + shape[2:]
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         budget = 1e-12 if dtype == torch.float64 else 2e-6
@@ -427,8 +428,8 @@ def exact_decomposition(logits, label):
 @pytest.mark.parametrize("margin", [0.0, 10.0, 20.0, 60.0])
 @pytest.mark.parametrize("spread", [3.0, 1e-2, 1e-5])
 def test_confident_models_that_nearly_agree_keep_their_digits(dtype, margin, spread, arithmetic):
-    """Relative to the true values, which go down to 1e-36: any sum that passes through 1 has lost them."""
-    # What is lost is what subtracting the maximum rounds off, in units of what the models differ by.
+    """The true values go down to 1e-36, so any sum with a term of 1 loses their digits."""
+    # Subtracting the maximum rounds; the models differ by `spread`.
     budget = 8 * torch.finfo(arithmetic).eps * (1 + (1 + margin) / spread)
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(4, dtype=torch.float64, generator=generator) + margin * torch.tensor(
@@ -437,18 +438,18 @@ def test_confident_models_that_nearly_agree_keep_their_digits(dtype, margin, spr
     logits = (common + spread * torch.randn(3, 4, dtype=torch.float64, generator=generator)).to(
         dtype
     )
-    found = bias_variance(logits, torch.tensor(2))
-    for value, true in zip(found, exact_decomposition(logits.tolist(), 2), strict=True):
+    result = bias_variance(logits, torch.tensor(2))
+    for value, true in zip(result, exact_decomposition(logits.tolist(), 2), strict=True):
         assert abs(Decimal(value.item()) - true) <= Decimal(budget + torch.finfo(dtype).eps) * true
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_confident_models_that_disagree(dtype):
     logits = torch.tensor([[[0.0, 1000.0, 3.0]], [[1000.0, 0.0, -3.0]]], dtype=dtype)
-    found = bias_variance(logits, torch.tensor([0]))
+    result = bias_variance(logits, torch.tensor([0]))
     expected = [float(value) for value in exact_decomposition(logits[:, 0].tolist(), 0)]
     torch.testing.assert_close(
-        torch.cat(found), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=0
+        torch.cat(result), torch.tensor(expected, dtype=dtype), rtol=1e-6, atol=0
     )
 
 
@@ -472,7 +473,7 @@ def test_masked_class_has_mean_prediction_zero():
     target = target.clamp(max=3)
     everywhere = bias_variance(masked, target)
     torch.testing.assert_close(everywhere, bias_variance(logits[:, :, :4], target))
-    # Masked by one model, it takes part in the normalisation of the others, which the variance pays for.
+    # If one model masks a class, the others normalise over it, which adds to the variance.
     masked = logits.clone()
     masked[1, :, 4] = -INF
     for label in (target, F.one_hot(target, 5).double()):
@@ -648,15 +649,18 @@ def test_any_strides(layout, probabilities):
         student, teacher, target = problem(shape, probabilities=probabilities, dtype=torch.float64)
         strided = STRIDED[layout](student)
         label = STRIDED[layout](target) if probabilities else target
-        plain = (
+        contiguous = (
             strided.clone(memory_format=torch.contiguous_format),
             label.clone(memory_format=torch.contiguous_format),
         )
-        found = regularization_samples(strided, teacher, label)
-        assert found.equal(regularization_samples(plain[0], teacher, plain[1]))
-        found = bias_variance(torch.stack((strided, teacher)), label)
+        result = regularization_samples(strided, teacher, label)
+        assert result.equal(regularization_samples(contiguous[0], teacher, contiguous[1]))
+        result = bias_variance(torch.stack((strided, teacher)), label)
         torch.testing.assert_close(
-            found, bias_variance(torch.stack((plain[0], teacher)), plain[1]), rtol=0, atol=0
+            result,
+            bias_variance(torch.stack((contiguous[0], teacher)), contiguous[1]),
+            rtol=0,
+            atol=0,
         )
         for models in (
             strided.expand(3, *shape),
@@ -672,16 +676,16 @@ def test_trailing_dimensions_are_more_rows_whatever_the_chunk(probabilities, mon
     logits, target = models((2, 6, 3, 2), probabilities=probabilities)
     as_rows = logits.movedim(2, -1).reshape(4, -1, 6)
     label = target.movedim(1, -1).reshape(-1, 6) if probabilities else target.reshape(-1)
-    decomposed, found = bias_variance(as_rows, label), regularization_samples(*as_rows[:2], label)
+    decomposed, result = bias_variance(as_rows, label), regularization_samples(*as_rows[:2], label)
     for chunk in (1, 30, 100, 200, 1000):
         monkeypatch.setattr(analysis, "CHUNK", chunk)
         whole = bias_variance(logits, target)
         torch.testing.assert_close([x.reshape(-1) for x in whole], list(decomposed), rtol=0, atol=0)
-        assert regularization_samples(*logits[:2], target).reshape(-1).equal(found)
+        assert regularization_samples(*logits[:2], target).reshape(-1).equal(result)
         for n in range(2):
             assert regularization_samples(
                 logits[0, :, :, n, 1], logits[1, :, :, n, 1], target[..., n, 1]
-            ).equal(found.view(2, 3, 2)[:, n, 1])
+            ).equal(result.view(2, 3, 2)[:, n, 1])
 
 
 def test_boxes_cover_every_element_once_and_keep_to_their_size():
@@ -700,10 +704,10 @@ def test_every_dtype_and_mixture(dtype, teacher_dtype):
     for probabilities in (False, True):
         student, teacher, target = problem((60, 33), probabilities=probabilities, scale=1.0)
         student, teacher = student.to(dtype), teacher.to(teacher_dtype)
-        found = regularization_samples(student, teacher, target)
-        assert_by_definition(found, student, teacher, target, 2.0)
-        assert found.equal(regularization_samples(student.double(), teacher.double(), target))
-        assert found.equal(
+        result = regularization_samples(student, teacher, target)
+        assert_by_definition(result, student, teacher, target, 2.0)
+        assert result.equal(regularization_samples(student.double(), teacher.double(), target))
+        assert result.equal(
             regularization_samples(student, teacher, target.to(target.dtype, copy=True))
         )
 
@@ -711,8 +715,8 @@ def test_every_dtype_and_mixture(dtype, teacher_dtype):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
 def test_every_integer_target(dtype):
     student, teacher, target = problem((60, 10))
-    found = regularization_samples(student, teacher, target.to(dtype))
-    assert found.equal(regularization_samples(student, teacher, target))
+    result = regularization_samples(student, teacher, target.to(dtype))
+    assert result.equal(regularization_samples(student, teacher, target))
     logits = torch.stack((student, teacher))
     torch.testing.assert_close(
         bias_variance(logits, target.to(dtype)), bias_variance(logits, target)
@@ -729,9 +733,9 @@ def test_uint8_target_is_not_taken_for_the_default_ignore_index():
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_nothing_in_nothing_out(shape, probabilities):
     student, teacher, target = problem(shape, probabilities=probabilities)
-    found = regularization_samples(student, teacher, target)
-    assert found.shape == shape[:1] + shape[2:]
-    assert found.dtype == torch.bool
+    result = regularization_samples(student, teacher, target)
+    assert result.shape == shape[:1] + shape[2:]
+    assert result.dtype == torch.bool
     for value in bias_variance(torch.stack((student, teacher)), target):
         assert value.shape == shape[:1] + shape[2:]
 
@@ -764,7 +768,8 @@ def peak():
 
 torch.set_num_threads(1)
 rows = torch.empty(2, 1024, 4096).normal_()
-pixels = torch.empty(2, 2, 256, 256, 32).normal_().permute(0, 1, 4, 3, 2)  # which cannot be flattened without a copy
+# No view of these pixels is flat.
+pixels = torch.empty(2, 2, 256, 256, 32).normal_().permute(0, 1, 4, 3, 2)
 
 def both(logits):
     target = torch.randint(logits.shape[2], logits.shape[1:2] + logits.shape[3:])
@@ -853,7 +858,7 @@ def test_inputs_of_bias_variance(inputs, error, message):
 def test_compiled_code_cannot_raise_for_an_index_that_names_no_class():
     student, teacher, target = problem((6, 10))
     logits = torch.stack((student, teacher))
-    found, decomposed = (
+    result, decomposed = (
         regularization_samples(student, teacher, target),
         bias_variance(logits, target),
     )
@@ -864,7 +869,7 @@ def test_compiled_code_cannot_raise_for_an_index_that_names_no_class():
     compiled = torch.compile(regularization_samples, fullgraph=True, backend="eager")(
         student, teacher, wrong
     )
-    assert compiled.equal(found & torch.tensor([True, True, False, False, True, True]))
+    assert compiled.equal(result & torch.tensor([True, True, False, False, True, True]))
     for value, expected in zip(
         torch.compile(bias_variance, fullgraph=True, backend="eager")(logits, wrong),
         decomposed,

@@ -357,8 +357,22 @@ def test_masked_classes_and_infinite_losses_are_as_in_the_dense_loss():
     mass = compress(torch.zeros(1, 4), torch.tensor([0]), 2, temperature=1.0)
     mass = mass._replace(index=torch.tensor([[0, 1]]))
     assert cached_wsl_loss(only, mass, torch.tensor([0]), temperature=1.0) == math.inf
+    options = {"temperature": 1.0, "alpha": 0.0}  # a term with scale 0 is left out
+    assert cached_wsl_loss(only, mass, torch.tensor([0]), **options).isfinite()
     ruled_out = torch.tensor([[-math.inf, 0.0, 0.0, 0.0]])
     assert cached_wsl_loss(ruled_out, mass, torch.tensor([0]), temperature=1.0) == math.inf
+
+
+def test_label_that_both_models_rule_out_has_weight_1():
+    logits, target = torch.tensor([[-math.inf, 0.0, 1.0, 2.0]]), torch.tensor([0])
+    options = {"temperature": 1.0, "hard_weight": 0.0}
+    expected = step(wsl_loss, logits, logits, target, **options)
+    for k in (1, 2, 4):
+        cached = compress(logits, target, k, temperature=1.0, dtype=torch.float32)
+        value, gradient = step(cached_wsl_loss, logits, cached, target, **options)
+        assert value.isfinite()
+        torch.testing.assert_close(gradient, expected[1])
+    torch.testing.assert_close(value, expected[0])
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,11 +1,14 @@
-"""The networks are those of RepDistiller, so that its checkpoints mean here what they mean there.
+"""The networks are RepDistiller's, so that its checkpoints mean the same here.
 
-Two files in `data` say what those are. `repdistiller_layouts.json` holds names and shapes, in order, of the state dicts
-of eight models for 100 classes. `repdistiller_logits.json` holds, for every model, the number of parameters and logits:
-`logits_by_mode` below was given `model_dict[name](num_classes=100)` of RepDistiller's own code (commit b84f547 of
-https://github.com/HobbitLong/RepDistiller), and of its result nine digits of the first three logits of each image were
-written down. It computes in float64, on numbers from NumPy's `RandomState`, which never change; so neither the version
-of torch nor the processor matters, even to a hundred layers in training mode.
+Two files in `data` hold the expected values. `repdistiller_layouts.json` has the names and shapes,
+in order, of the state dicts of eight models for 100 classes. `repdistiller_logits.json` has, for
+every model, the number of parameters and some logits. The logits come from `logits_by_mode` below
+with `model_dict[name](num_classes=100)` of RepDistiller's own code (commit b84f547 of
+https://github.com/HobbitLong/RepDistiller). The file holds nine digits of the first three logits of
+each image.
+
+The numbers are float64 and come from NumPy's `RandomState`, whose sequence never changes. So they
+depend neither on the version of torch nor on the processor.
 """
 
 from __future__ import annotations
@@ -27,12 +30,11 @@ DATA = Path(__file__).parent / "data"
 LAYOUTS = json.loads((DATA / "repdistiller_layouts.json").read_text())
 LOGITS = json.loads((DATA / "repdistiller_logits.json").read_text())
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fill(model: nn.Module) -> None:
-    """The same state for every network of the same layout, with logits of moderate size at any depth."""
+    """Give networks of the same layout the same state. Logits stay moderate at any depth."""
     source = np.random.RandomState(0)
     for name, tensor in model.double().state_dict().items():
         uniform = torch.as_tensor(source.uniform(-1, 1, tuple(tensor.shape)))
@@ -45,7 +47,7 @@ def fill(model: nn.Module) -> None:
 
 
 def logits_by_mode(model: nn.Module) -> dict[str, Tensor]:
-    """Of two images, with running and with batch statistics. Fills the model."""
+    """Fill the model. Return the logits of two images, with running and with batch statistics."""
     fill(model)
     images = torch.from_numpy(np.random.RandomState(1).uniform(-1, 1, (2, 3, 32, 32)))
     with torch.no_grad():
@@ -80,7 +82,7 @@ def test_computes_what_the_original_computes(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_of_ten_logits_reaches_every_parameter(name: str) -> None:
-    """With running statistics: a bias that precedes batch statistics has no effect, hence no gradient."""
+    """In eval mode. In train mode a bias before a batch norm has no gradient."""
     torch.manual_seed(0)
     model = MODELS[name](num_classes=10).eval()
     logits = model(torch.rand(2, 3, 32, 32))
@@ -97,11 +99,8 @@ def test_gradient_of_ten_logits_reaches_every_parameter(name: str) -> None:
     [
         ("resnet8x4", "layer3.0.conv1.weight", 2 / (9 * 256)),
         ("resnet8x4", "layer3.0.downsample.0.weight", 2 / 256),
-        (
-            "resnet8x4",
-            "fc.weight",
-            1 / (3 * 256),
-        ),  # PyTorch's default: uniform within 1 / sqrt(fan-in)
+        # PyTorch's default: uniform within 1 / sqrt(fan-in)
+        ("resnet8x4", "fc.weight", 1 / (3 * 256)),
         ("wrn_16_2", "block3.layer.1.conv2.weight", 2 / (9 * 128)),
         ("wrn_16_2", "fc.bias", 0),
         ("vgg8", "block4.0.weight", 2 / (9 * 512)),
@@ -116,7 +115,7 @@ def test_gradient_of_ten_logits_reaches_every_parameter(name: str) -> None:
     ],
 )
 def test_starts_training_from_the_same_distribution(name: str, key: str, variance: float) -> None:
-    """The variances are read off RepDistiller's code."""
+    """The variances are those of RepDistiller's code."""
     torch.manual_seed(0)
     values = MODELS[name](num_classes=100).state_dict()[key]
     assert values.square().mean().item() == pytest.approx(variance, rel=0.1)

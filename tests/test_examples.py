@@ -1,4 +1,4 @@
-"""examples/digits.py runs as its users run it: as a program, in a folder of its own."""
+"""examples/digits.py as its users run it: as a program, in another folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run_digits(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_digits_shows_what_the_weights_buy(tmp_path: Path) -> None:
+def test_weights_help_where_the_teacher_is_wrong(tmp_path: Path) -> None:
     done = run_digits(tmp_path, "--seeds", "2", "--epochs", "30", "--teacher-epochs", "10")
     assert done.returncode == 0, done.stderr
     lines = {
@@ -61,7 +61,7 @@ def test_digits_shows_what_the_weights_buy(tmp_path: Path) -> None:
         assert 0 < table[name]["if wrong"] < table[name]["if right"] < 1
     worst = table["40 % misaligned"]
     assert worst["wrong"] > table["20 % misaligned"]["wrong"] > table["good teacher"]["wrong"]
-    assert worst["gain"] > 1  # point; more than 10 after the default number of epochs
+    assert worst["gain"] > 1  # percentage point; more after the default number of epochs
     assert worst["WSL"] > worst["CE"] > 40
 
     figure = (tmp_path / "digits.png").read_bytes()

@@ -1,6 +1,6 @@
-"""The ImageNet example as its users run it, alone or under torchrun, on images small for a CPU.
+"""examples/imagenet.py as its users run it, alone or under torchrun, on small images.
 
-Runs whose results are compared have one thread a process, so that their sums are formed in one order.
+Each process has one thread, so that runs to be compared add in the same order.
 """
 
 from __future__ import annotations
@@ -39,20 +39,11 @@ torchvision, v2, Image, *_ = (
 IMAGENET = Path(__file__).parents[1] / "examples" / "imagenet.py"
 CLASSES, TRAIN, VAL = 4, 10, 3  # images of a class
 SMALL = (
-    *(
-        "--teacher",
-        "squeezenet1_1",
-        "--model",
-        "shufflenet_v2_x0_5",
-        "--image-size",
-        32,
-        "--batch-size",
-        8,
-    ),
-    *("--epochs", 2, "--lr", 0.002, "--lr-step", 1, "--workers", 0),
+    *("--teacher", "squeezenet1_1", "--model", "shufflenet_v2_x0_5", "--image-size", 32),
+    *("--batch-size", 8, "--epochs", 2, "--lr", 0.002, "--lr-step", 1, "--workers", 0),
 )
-# No batch norm, and dropout switched off: what depends on the number of processes by design.
-PLAIN = (*SMALL, "--model", "squeezenet1_1")
+# Without batch norm and dropout, which depend on the number of processes by design.
+NO_BATCH_NORM = (*SMALL, "--model", "squeezenet1_1")
 WITHOUT_DROPOUT = "torch.nn.Dropout.forward = lambda self, x: x"
 SLEEPS_IN_THE_SECOND_EPOCH = """
 step, count = torch.optim.SGD.step, iter(range(9999))
@@ -69,7 +60,7 @@ def imagenet() -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Noise of another brightness for every class, as PNG and JPEG; in `val` an odd number of images; a teacher."""
+    """Noise whose brightness tells the class, as PNG and JPEG; a teacher. `val` has 13 images."""
     folder = tmp_path_factory.mktemp("data")
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -95,7 +86,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(
     folder: Path, *options: object, processes: int = 0, first: str = ""
 ) -> subprocess.Popen[str]:
-    """A copy of the script in a folder of its own, `first` being run before it."""
+    """Start a copy of the script in `folder`. The code `first` runs before it."""
     script, wrapper = shutil.copy(IMAGENET, folder), folder / "wrapper.py"
     wrapper.write_text(
         f"import runpy, time, torch\n{first}\nrunpy.run_path({str(script)!r}, run_name='__main__')"
@@ -139,12 +130,16 @@ def log(out: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(out / "last.pt", weights_only=True)
 
 
 def assert_validated(row: dict[str, float], student: nn.Module, data: Path) -> None:
-    """Against one batch of all images, read without the script."""
+    """Compare with one batch of all images, read by torchvision alone."""
     tail = (
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -162,7 +157,7 @@ def assert_validated(row: dict[str, float], student: nn.Module, data: Path) -> N
     assert row["val_top5"] == 100
 
 
-# A run --------------------------------------------------------------------------------------------------------------
+# A run --------------------------------------------------------------------------------------------
 
 
 def test_every_option_at_once_on_fake_data(
@@ -171,11 +166,12 @@ def test_every_option_at_once_on_fake_data(
     monkeypatch.setattr(
         nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager")
     )
-    options = "--fake-data 16 --epochs 1 --accumulate 2 --amp bf16 --channels-last --compile --teacher-train-mode "
-    options += (
-        "--teacher squeezenet1_1 squeezenet1_0 --label-smoothing 0.1 --mixup 0.2 --cutmix 1 --out"
+    options = (
+        "--fake-data 16 --epochs 1 --accumulate 2 --amp bf16 --channels-last --compile "
+        "--teacher-train-mode --teacher squeezenet1_1 squeezenet1_0 --label-smoothing 0.1 "
+        "--mixup 0.2 --cutmix 1 --out"
     )
-    run(*PLAIN, *options.split(), tmp_path)
+    run(*NO_BATCH_NORM, *options.split(), tmp_path)
     (row,) = log(tmp_path)
     assert (row["epoch"], row["lr"]) == (1, 0.002)
     assert 0 < row["weight"] < 1 < row["images_per_s"]
@@ -214,7 +210,7 @@ def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
     loss: Any,
     mixing: list[object],
 ) -> None:
-    """In two micro-batches, for the mean of two teachers; against the reference loss and SGD written out."""
+    """Two micro-batches and two teachers, compared with the reference loss and SGD by hand."""
     batches: list[tuple[Tensor, Tensor]] = []
     mix = v2.RandomChoice.forward
     monkeypatch.setattr(
@@ -230,26 +226,11 @@ def test_a_step_is_that_of_the_papers_optimiser_on_the_loss_asked_for(
     given = [
         text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", value)
     ]
-    given += [
-        "--loss",
-        loss.__name__.removesuffix("_loss"),
-        "--teacher",
-        *["squeezenet1_1"] * 2,
-        *mixing,
-    ]
-    step = [
-        "--epochs",
-        1,
-        "--batch-size",
-        CLASSES * TRAIN,
-        "--accumulate",
-        2,
-        "--lr",
-        0.1,
-        "--out",
-        tmp_path,
-    ]
-    run("--data", data, *PLAIN, *step, *given, "--teacher-checkpoint", *files)
+    given += ["--loss", loss.__name__.removesuffix("_loss"), *mixing]
+    if loss is not ce:
+        given += ["--teacher", *["squeezenet1_1"] * 2, "--teacher-checkpoint", *files]
+    step = f"--epochs 1 --batch-size {CLASSES * TRAIN} --accumulate 2 --lr 0.1".split()
+    run("--data", data, *NO_BATCH_NORM, *step, *given, "--out", tmp_path)
 
     torch.manual_seed(0)
     student = torchvision.models.squeezenet1_1(num_classes=CLASSES)
@@ -274,12 +255,17 @@ def test_every_process_crops_an_image_alike_and_epochs_differ(
     args = argparse.Namespace(data=data, fake_data=None, image_size=32)
     images = imagenet.Augmented(imagenet.make_data(args)[0], seed=0)
     state, before = torch.get_rng_state(), images[3, 5][0]
-    assert torch.equal(torch.get_rng_state(), state), (
-        "reading an image has used up random numbers of the training"
-    )
+    assert torch.equal(torch.get_rng_state(), state)  # the training's random numbers
     torch.rand(1)
     assert torch.equal(images[3, 5][0], before)
     assert not torch.equal(images[4, 5][0], before)
+
+
+def test_seeds_differ_between_epochs_images_and_processes(imagenet: SimpleNamespace) -> None:
+    numbers = [(0, epoch, index) for epoch in range(30) for index in range(1000)]
+    seeds = {imagenet.mix(*each) for each in numbers}
+    assert len(seeds) > 0.999 * len(numbers)
+    assert max(seeds) < 2**32  # the part of a seed that torch's generator reads
 
 
 def test_processes_share_every_global_batch(imagenet: SimpleNamespace) -> None:
@@ -288,7 +274,7 @@ def test_processes_share_every_global_batch(imagenet: SimpleNamespace) -> None:
         return imagenet.micro_batches(50, 7, args, rank, world)
 
     alone = batches(0, 1, 1)
-    assert [len(batch) for batch in alone] == [12] * 4  # and 2 images left out
+    assert [len(batch) for batch in alone] == [12] * 4  # of the 50 images 2 are skipped
     assert {epoch for batch in alone for epoch, _ in batch} == {7}
     assert len({index for batch in alone for _, index in batch}) == 48
     shares = [batches(rank, 3, 2) for rank in range(3)]
@@ -302,7 +288,7 @@ def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(
     imagenet: SimpleNamespace,
 ) -> None:
     pytest.importorskip(
-        "timm", reason="timm is missing: pip install weighted-soft-labels[frameworks]"
+        "timm", reason="timm is missing: pip install weighted-soft-labels[examples]"
     )
     model = imagenet.make_model("mobilenetv1", 1000)
     assert sum(parameter.numel() for parameter in model.parameters()) == 4_231_976
@@ -315,16 +301,16 @@ def test_the_papers_mobilenet_has_relu_and_the_default_initialisation(
             assert 0.9 * bound < module.weight.abs().max().item() <= bound
 
 
-# Several processes, and runs that were stopped ----------------------------------------------------------------------
+# Several processes, and runs that were stopped ----------------------------------------------------
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_and_either_resumes_them(
     data: Path, tmp_path: Path
 ) -> None:
-    """On the same global batch; of two processes, each takes its share in two micro-batches."""
+    """On the same global batches. Each of the two processes has two micro-batches a step."""
     one, two, mixed = tmp_path / "one", tmp_path / "two", tmp_path / "mixed"
-    options = (tmp_path, *on(data), *PLAIN)
+    options = (tmp_path, *on(data), *NO_BATCH_NORM)
     halves = ("--epochs", 1, "--out", two, "--accumulate", 2, "--workers", 1)
     succeed(*options, "--out", one, first=WITHOUT_DROPOUT)
     succeed(*options, *halves, first=WITHOUT_DROPOUT, processes=2)
@@ -344,7 +330,7 @@ def test_two_processes_train_as_one_does_and_either_resumes_them(
 
 @pytest.mark.slow
 def test_two_processes_validate_every_image_once_as_saved(data: Path, tmp_path: Path) -> None:
-    """13 images, where padding would count one of them twice; batch statistics differ between the processes."""
+    """With 13 images, padding would count one twice. Batch statistics differ between processes."""
     options = (*on(data), *SMALL, "--epochs", 1, "--out", tmp_path)
     succeed(tmp_path, *options, processes=2)
     student = torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES)
@@ -383,14 +369,74 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(data: Path, tmp_pat
         }
 
 
-# Bad input ----------------------------------------------------------------------------------------------------------
+# Resuming a run -----------------------------------------------------------------------------------
+
+
+def test_prints_the_log_and_where_the_results_are(
+    run: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--data", data, *SMALL, "--loss", "ce", "--log-every", 2, "--out", tmp_path)
+    run(*options, "--epochs", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines[:3]] == [
+        f"epoch 1, step {step} of 5" for step in (2, 4, 5)
+    ]
+    assert lines[-1] == f"finished 1 epochs: log.csv, last.pt and tensorboard are in {tmp_path}"
+
+    before = contents(tmp_path)
+    run(*options, "--epochs", 1, "--resume")
+    resumed, finished = capsys.readouterr().out.splitlines()
+    assert resumed == f"resumed {tmp_path}/last.pt after epoch 1"
+    assert finished == lines[-1]
+    assert contents(tmp_path) == before
+
+
+def test_resuming_refuses_another_loss_but_not_another_precision(
+    run: Any, data: Path, tmp_path: Path
+) -> None:
+    options = (*on(data), *SMALL, "--resume", "--out", tmp_path)
+    run(*options, "--epochs", 1)
+    other = tmp_path / "other.pt"
+    torch.save(torchvision.models.squeezenet1_1(num_classes=CLASSES).state_dict(), other)
+    before = contents(tmp_path)
+    for changed, message in {
+        ("--loss", "kd"): "--loss wsl, not kd",
+        ("--alpha", 1): "--alpha 2.5, not 1.0",
+        ("--temperature", 4): "--temperature 2.0, not 4.0",
+        ("--teacher-checkpoint", other): "--teacher-checkpoint ",
+    }.items():
+        with pytest.raises(ValueError, match=f"{tmp_path}/last.pt was trained with {message}"):
+            run(*options, *changed)
+    assert contents(tmp_path) == before
+
+    run(*options, "--epochs", 2, "--amp", "fp16", "--log-every", 1)
+    assert checkpoint(tmp_path)["scaler"]
+    run(*options, "--epochs", 3)
+    assert [row["epoch"] for row in log(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--loss", "ce", "--teacher-checkpoint", "x"), "--loss ce has no teacher"),
+        (("--teacher-checkpoint", "x", "y"), "2 --teacher-checkpoint for 1 --teacher"),
+        (("--epochs", "0"), "--epochs must be at least 1, got 0"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(
+    run: Any, tmp_path: Path, options: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run("--out", tmp_path, *options)
+    assert message in capsys.readouterr().err
+
+
+# Bad input ----------------------------------------------------------------------------------------
 
 
 def test_bad_data_is_named(run: Any, data: Path, tmp_path: Path) -> None:
-    options, folder = (
-        (*SMALL, "--loss", "ce", "--out", tmp_path / "out", "--data"),
-        tmp_path / "data",
-    )
+    options = (*SMALL, "--loss", "ce", "--out", tmp_path / "out", "--data")
+    folder = tmp_path / "data"
     with pytest.raises(FileNotFoundError, match=f"{folder}/train"):
         run(*options, folder)
     shutil.copytree(data, folder)
@@ -413,19 +459,23 @@ def test_bad_data_is_named(run: Any, data: Path, tmp_path: Path) -> None:
 def test_a_bad_teacher_is_named(
     run: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options, file = ("--data", data, *SMALL, "--out", tmp_path / "out"), tmp_path / "teacher.pt"
-    with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet: .*No such file"):
-        run(*options, "--teacher-checkpoint", file)
-    file.write_bytes(b"nothing that torch has written")
-    with pytest.raises(RuntimeError, match=f"cannot load {file} into SqueezeNet"):
+    options = ("--data", data, *SMALL, "--out", tmp_path / "out")
+    file = tmp_path / "teacher.pt"
+    with pytest.raises(FileNotFoundError, match=f"checkpoint {file} does not exist"):
         run(*options, "--teacher-checkpoint", file)
     torch.save(torchvision.models.squeezenet1_1(num_classes=7).state_dict(), file)
-    with pytest.raises(
-        RuntimeError, match=rf"(?s)cannot load {file} into SqueezeNet: .*\[7, .*\[4, "
-    ):
+    with pytest.raises(ValueError, match=r"does not fit squeezenet1_1 .*\[7, .*\[4, "):
+        run(*options, "--teacher-checkpoint", file)
+    with pytest.raises(ValueError, match=r"does not fit resnet18 .*conv1.weight") as caught:
+        run(*options, "--teacher", "resnet18", "--teacher-checkpoint", file)
+    assert len(str(caught.value)) < 400
+    with pytest.raises(ValueError, match="mobilenetv1 has no pretrained weights"):
+        run(*options, "--teacher", "mobilenetv1")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=f"cannot read checkpoint {file}: it is truncated"):
         run(*options, "--teacher-checkpoint", file)
 
-    # The pretrained file of 1000 classes, where torchvision would have put it.
+    # A pretrained file with 1000 classes, where torchvision looks for it.
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     url = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url
@@ -441,12 +491,15 @@ def test_a_run_is_neither_overwritten_nor_spoilt(run: Any, data: Path, tmp_path:
     options = ("--data", data, *SMALL, "--loss", "ce", "--out", tmp_path)
     run(*options, "--epochs", 1)
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(
-        FileExistsError, match=rf"{tmp_path}/last\.pt exists: --resume goes on with that run"
-    ):
+    with pytest.raises(FileExistsError, match=rf"{tmp_path}/last\.pt exists: continue its run by"):
         run(*options)
+    broken = checkpoint(tmp_path)
+    broken["model"]["fc.bias"].fill_(math.inf)
+    torch.save(broken, tmp_path / "last.pt")
+    broken_bytes = (tmp_path / "last.pt").read_bytes()
     with pytest.raises(FloatingPointError, match=r"the loss after epoch 2 is (nan|inf)"):
-        run(*options, "--resume", "--lr", 1e30)
-    assert (tmp_path / "last.pt").read_bytes() == before
+        run(*options, "--resume")
+    assert (tmp_path / "last.pt").read_bytes() == broken_bytes
+    (tmp_path / "last.pt").write_bytes(before)
     run(*options, "--resume")
     assert [row["epoch"] for row in log(tmp_path)] == [1, 2]

@@ -1,4 +1,7 @@
-"""The loss on a CPU: exact on every input of the contract, and well-behaved in autograd."""
+"""The contract of the loss, on every backend: right on every input, and well-behaved in autograd.
+
+Tests with float64 logits leave out the Triton kernels, which compute in float32.
+"""
 
 from __future__ import annotations
 
@@ -11,51 +14,55 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from budget import assert_as_reference, step
-from hypothesis import given, settings
+from budget import assert_as_reference, exact_step, exact_terms, randn, step
+from hypothesis import given
 from hypothesis import strategies as st
 
 from weighted_soft_labels import WSLLoss, reference, wsl_loss
 from weighted_soft_labels.analysis import wsl_terms
-from weighted_soft_labels.backends import eager
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 INF, NAN = math.inf, math.nan
 SHAPES = [(5,), (1, 2), (7, 10), (4, 1000), (3, 1500), (2, 5, 3), (3, 19, 4, 5), (2, 3, 2, 3, 2)]
 
 
 def problem(shape, *, seed=0, scale=3.0, dtype=torch.float32, probabilities=False, ignored=False):
+    """Student, teacher and target, the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
-    student, teacher = (scale * torch.randn(2, *shape, generator=generator)).to(dtype).unbind(0)
+    logits = scale * torch.randn(2, *shape, generator=generator, device="cpu")
     dim = 0 if len(shape) == 1 else 1
     if probabilities:
-        return student, teacher, torch.randn(shape, generator=generator).softmax(dim)
-    target = torch.randint(shape[dim], shape[:dim] + shape[dim + 1 :], generator=generator)
+        target = torch.randn(shape, generator=generator, device="cpu").softmax(dim)
+    else:
+        labels = shape[:dim] + shape[dim + 1 :]
+        target = torch.randint(shape[dim], labels, generator=generator, device="cpu")
     if ignored:
         target.view(-1)[::3] = -100
-    return student, teacher, target
+    device = torch.empty(0).device
+    student, teacher = logits.to(device, dtype).unbind(0)
+    return student, teacher, target.to(device)
 
 
 # --- right on every input ---
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.usefixtures("float64_backend")
 def test_float64_gradient_beside_ignored_elements_keeps_its_digits(reduction):
     """A scale of bools times a Python float would be float32."""
-    student, teacher, target = problem((30, 7), dtype=torch.float64, ignored=True)
-    upstream = (
-        torch.linspace(0.1, 1.7, 30, dtype=torch.float64)
-        if reduction == "none"
-        else torch.tensor(0.7).double()
-    )
-    found, expected = (
-        step(loss, student, teacher, target, upstream=upstream, reduction=reduction)[1]
-        for loss in (wsl_loss, reference.wsl_loss)
-    )
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    inputs = problem((30, 7), dtype=torch.float64, ignored=True)
+    upstream = torch.tensor(0.7, dtype=torch.float64)
+    if reduction == "none":
+        upstream = torch.linspace(0.1, 1.7, 30, dtype=torch.float64)
+    options = {"upstream": upstream, "reduction": reduction}
+    _, gradient = step(wsl_loss, *inputs, **options)
+    _, expected = exact_step(*inputs, **options)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("temperature", [1, 2, 3.3, 4.0])
+@pytest.mark.parametrize("temperature", [1, 2, 3.3])
 @pytest.mark.parametrize("probabilities", [False, True])
 def test_every_shape_and_temperature(shape, temperature, probabilities):
     assert_as_reference(*problem(shape, probabilities=probabilities), temperature=temperature)
@@ -65,10 +72,9 @@ def test_every_shape_and_temperature(shape, temperature, probabilities):
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
 @pytest.mark.parametrize("shape", [(8, 10), (3, 6, 5)])
 @pytest.mark.parametrize(
-    ("hard_weight", "alpha", "label_smoothing"),
-    [(1, 2.5, 0.1), (0.0, 1.0, 0.0), (0.5, 0, 0.0), (2.0, 2.25, 1.0)],
+    ("hard_weight", "alpha", "label_smoothing", "temperature"),
+    [(1, 2.5, 0.1, 2.0), (0.0, 1.0, 0.0, 1.0), (0.5, 0, 0.0, 2.0), (2.0, 2.25, 1.0, 4.0)],
 )
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
 def test_every_option(reduction, kind, shape, hard_weight, alpha, label_smoothing, temperature):
     inputs = problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored")
     assert_as_reference(
@@ -86,7 +92,9 @@ def test_every_option(reduction, kind, shape, hard_weight, alpha, label_smoothin
     "teacher_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 )
 @pytest.mark.parametrize("probabilities", [False, True])
-def test_every_dtype_and_mixture(dtype, teacher_dtype, probabilities):
+def test_every_dtype_and_mixture(dtype, teacher_dtype, probabilities, backend):
+    if backend == "triton" and torch.float64 in (dtype, teacher_dtype):
+        pytest.skip("the Triton kernels compute in float32")
     student, teacher, target = problem((6, 33), probabilities=probabilities)
     assert_as_reference(student.to(dtype), teacher.to(teacher_dtype), target)
 
@@ -98,23 +106,13 @@ def test_every_integer_target(dtype):
     assert wsl_loss(student, teacher, target.to(dtype)) == expected
 
 
-def test_uint8_target_is_not_taken_for_the_default_ignore_index():
+def test_uint8_target_is_not_mistaken_for_the_default_ignore_index():
     student, teacher, _ = problem((2, 200))
     target = torch.tensor([156, 3], dtype=torch.uint8)  # 156 is -100 in 8 bits
     assert_as_reference(student, teacher, target.long())
     torch.testing.assert_close(
         wsl_loss(student, teacher, target), wsl_loss(student, teacher, target.long())
     )
-
-
-@pytest.mark.parametrize("shape", [(7, 10), (3, 5, 40), (2, 3, 7, 11), (5, 100)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_tiles_and_their_remainders(shape, dtype, monkeypatch):
-    whole = wsl_terms(*problem(shape, dtype=dtype))
-    monkeypatch.setattr(eager, "BLOCK", 64)
-    assert_as_reference(*problem(shape, ignored=True, dtype=dtype))
-    assert_as_reference(*problem(shape, probabilities=True, dtype=dtype), reduction="sum")
-    torch.testing.assert_close(wsl_terms(*problem(shape, dtype=dtype)), whole)
 
 
 STRIDED = {
@@ -130,35 +128,34 @@ STRIDED = {
 
 
 @pytest.mark.parametrize("student_layout", STRIDED)
-@pytest.mark.parametrize("teacher_layout", STRIDED)
+@pytest.mark.parametrize("teacher_layout", ["sliced", "channels last", "permuted pixels"])
 def test_any_strides_of_either_set_of_logits(student_layout, teacher_layout):
     for shape in [(6, 7), (3, 5, 4, 6)]:
         student, teacher, target = problem(shape)
+        _, _, probabilities = problem(shape, probabilities=True)
         student, teacher = STRIDED[student_layout](student), STRIDED[teacher_layout](teacher)
         assert_as_reference(student, teacher, target, reduction="none")
-        assert_as_reference(
-            student, teacher, STRIDED[student_layout](problem(shape, probabilities=True)[2])
-        )
+        assert_as_reference(student, teacher, STRIDED[student_layout](probabilities))
 
 
-@pytest.mark.parametrize("classes", [2, 3, 128, 1025, 32000, 300_000])
+@pytest.mark.parametrize("classes", [2, 3, 128, 1025, 300_000])
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0])
-def test_any_number_of_classes(classes, temperature):
-    assert_as_reference(*problem((3, classes)), temperature=temperature)
+def test_any_number_of_classes(classes, temperature, most_classes):
+    assert_as_reference(*problem((3, min(classes, most_classes))), temperature=temperature)
 
 
 # --- exact where the official code is not ---
 
 
 def memorised(classes, margins, others=0.0):
-    """Logits of teachers that are ahead by `margins` on class 1."""
+    """Logits of teachers that prefer class 1 by `margins`."""
     logits = torch.full((len(margins), classes), others)
     logits[:, 1] = margins + others
     return logits
 
 
 def float64_weight(student, teacher, label):
-    """By the one formula that is exact however small a cross-entropy is; float64 `F.cross_entropy` is off by 1e-12."""
+    """The formula is exact for any cross-entropy; float64 `F.cross_entropy` is off by 1e-12."""
 
     def ce(logits):
         margins = logits.double() - logits.double()[:, label, None]
@@ -170,18 +167,13 @@ def float64_weight(student, teacher, label):
 
 @pytest.mark.parametrize("classes", [2, 10, 1000, 300_000])
 @pytest.mark.parametrize("offset", [0.0, 7.3])
-def test_weight_is_exact_for_memorising_teachers(classes, offset):
-    margins = torch.linspace(0, 30, 121) + math.log(classes)
-    if classes > 1000:
-        margins = margins[::16]
-    generator = torch.Generator().manual_seed(0)
-    teacher = memorised(classes, margins, offset) + 0.3 * torch.randn(
-        len(margins), classes, generator=generator
-    )
-    # Students that are as good as the teacher, or nearly, so that the weight is anywhere between 0 and 1.
-    student = teacher - torch.linspace(-1, 2, len(margins))[:, None] * F.one_hot(
-        torch.tensor(1), classes
-    )
+def test_weight_is_exact_for_memorising_teachers(classes, offset, most_classes):
+    classes = min(classes, most_classes)
+    margins = torch.linspace(0, 30, 121 if classes < 1000 else 9) + math.log(classes)
+    teacher = memorised(classes, margins, offset) + 0.3 * randn(len(margins), classes)
+    # The students are as good as the teacher, or nearly, so that weights cover 0 to 1.
+    student = teacher.clone()
+    student[:, 1] -= torch.linspace(-1, 2, len(margins))
     target = torch.ones(len(margins), dtype=torch.long)
     expected = float64_weight(student, teacher, 1)
     for label in (target, F.one_hot(target, classes).float()):
@@ -189,16 +181,9 @@ def test_weight_is_exact_for_memorising_teachers(classes, offset):
         assert (weight - expected).abs().max() < 1e-6
     # The loss has the same weight: with hard_weight=0 it is weight * soft * alpha * T^2.
     for temperature in (1.0, 2.0, 4.0):
-        soft = wsl_terms(student.double(), teacher.double(), target, temperature=temperature).soft
-        loss = wsl_loss(
-            student,
-            teacher,
-            target,
-            hard_weight=0,
-            alpha=1,
-            temperature=temperature,
-            reduction="none",
-        )
+        options = {"hard_weight": 0, "alpha": 1, "temperature": temperature, "reduction": "none"}
+        soft = exact_terms(student, teacher, target, temperature=temperature).soft
+        loss = wsl_loss(student, teacher, target, **options)
         exact = temperature**2 * expected * soft
         assert ((loss - exact).abs() <= temperature**2 * (1e-6 * soft + 2e-7) + 3e-6 * exact).all()
 
@@ -208,9 +193,8 @@ def test_official_float32_weight_is_off_where_ours_is_not():
     teacher, target = memorised(100, margins), torch.ones(201, dtype=torch.long)
     student = teacher.clone()
     student[:, 1] -= 0.5
-    student_ce, teacher_ce = (
-        F.cross_entropy(x, target, reduction="none") for x in (student, teacher)
-    )
+    student_ce = F.cross_entropy(student, target, reduction="none")
+    teacher_ce = F.cross_entropy(teacher, target, reduction="none")
     official = 1 - torch.exp(-torch.clamp(student_ce / (teacher_ce + 1e-7), min=0))
     expected = float64_weight(student, teacher, 1)
     assert (official - expected).abs().max() > 0.1  # as the README says
@@ -218,18 +202,16 @@ def test_official_float32_weight_is_off_where_ours_is_not():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
-def test_error_is_within_that_of_eager_float32(temperature):
+def test_error_is_within_that_of_the_formula_in_float32(temperature):
     student, teacher, target = problem((64, 200), scale=6.0)
-    exact, exact_gradient = step(
-        reference.wsl_loss, student.double(), teacher.double(), target, temperature=temperature
-    )
-    eager, eager_gradient = step(
+    exact, exact_gradient = exact_step(student, teacher, target, temperature=temperature)
+    formula, formula_gradient = step(
         reference.wsl_loss, student, teacher, target, temperature=temperature
     )
-    ours, our_gradient = step(wsl_loss, student, teacher, target, temperature=temperature)
-    assert (ours - exact).abs() <= (eager - exact).abs() + 2e-7 * exact
-    error, allowed = (our_gradient - exact_gradient).abs(), (eager_gradient - exact_gradient).abs()
-    assert error.max() <= allowed.max() + 2e-7 * exact_gradient.abs().max()
+    loss, gradient = step(wsl_loss, student, teacher, target, temperature=temperature)
+    assert (loss - exact).abs() <= (formula - exact).abs() + 2e-7 * exact
+    allowed = (formula_gradient - exact_gradient).abs().max() + 2e-7 * exact_gradient.abs().max()
+    assert (gradient - exact_gradient).abs().max() <= allowed
 
 
 def test_gradient_at_a_confident_label_does_not_cancel():
@@ -251,7 +233,7 @@ def test_p_minus_1_is_not_rounded_to_half_precision_first(dtype):
 
 
 def far_apart(shape, dtype=torch.float16):
-    """Logits whose rows lie more than 2^31 elements apart; only the pages that are touched take memory."""
+    """Rows more than 2^31 elements apart; only pages that are touched take memory."""
     memory = torch.empty(2**31 + 64, dtype=dtype)
     return memory.as_strided(shape, (2**31 + 8, *torch.empty(shape).stride()[1:]))
 
@@ -319,17 +301,17 @@ def test_label_free_terms_are_left_out_not_multiplied_by_zero():
 
 
 @pytest.mark.parametrize("poison", [NAN, INF])
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", ["student", "teacher"])
 def test_nan_and_inf_poison_their_row_only(poison, which):
     student, teacher, target = problem((4, 6))
     expected, expected_gradient = step(wsl_loss, student, teacher, target, reduction="none")
-    (student, teacher)[which][2, 3] = poison
+    (student if which == "student" else teacher)[2, 3] = poison
     loss, gradient = step(wsl_loss, student, teacher, target, reduction="none")
     assert loss[2].isnan()
     assert gradient[2].isnan().any()
-    rest = torch.tensor([0, 1, 3])
-    torch.testing.assert_close(loss[rest], expected[rest], rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient[rest], expected_gradient[rest], rtol=1e-5, atol=1e-7)
+    others = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(loss[others], expected[others], rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient[others], expected_gradient[others], rtol=1e-5, atol=1e-7)
 
 
 def test_nan_is_not_swallowed_next_to_a_masked_class():
@@ -345,8 +327,8 @@ def test_ignored_elements_are_inert_whatever_they_hold(garbage, ignore_index):
     target = target.clamp(min=1)
     kept = torch.tensor([0, 2, 3])
     expected, expected_gradient = step(wsl_loss, student[kept], teacher[kept], target[kept])
-    for ignored in (1, 4):
-        student[ignored], teacher[ignored], target[ignored] = garbage, garbage, ignore_index
+    student[[1, 4]] = teacher[[1, 4]] = garbage
+    target[[1, 4]] = ignore_index
     loss, gradient = step(wsl_loss, student, teacher, target, ignore_index=ignore_index)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient[kept], expected_gradient)
@@ -378,6 +360,7 @@ def test_everything_ignored():
 # --- autograd ---
 
 
+@pytest.mark.usefixtures("float64_backend")
 def test_gradcheck_fails_because_the_weight_is_a_constant_for_differentiation():
     student, teacher, target = problem((4, 5), dtype=torch.float64)
     student.requires_grad_()
@@ -386,6 +369,7 @@ def test_gradcheck_fails_because_the_weight_is_a_constant_for_differentiation():
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("probabilities", [False, True])
+@pytest.mark.usefixtures("float64_backend")
 def test_gradient_is_that_of_the_loss_with_frozen_weight(temperature, probabilities):
     student, teacher, target = problem((4, 5), dtype=torch.float64, probabilities=probabilities)
     weight = wsl_terms(student, teacher, target).weight.double()
@@ -404,9 +388,8 @@ def test_gradient_is_that_of_the_loss_with_frozen_weight(temperature, probabilit
     (expected,) = torch.autograd.grad(frozen(student), student)
     loss = wsl_loss(student, teacher, target, temperature=temperature, label_smoothing=0.1)
     (gradient,) = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(
-        gradient, expected, rtol=1e-5, atol=1e-7
-    )  # the weight above came back in float32
+    # `wsl_terms` returned the weight in float32.
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -420,7 +403,7 @@ def test_retained_graph_gives_the_right_gradient_every_time(dtype):
         torch.testing.assert_close(
             gradient, expected * factor, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-7
         )
-        gradient.fill_(NAN)  # whoever owns a gradient may do with it what they want
+        gradient.fill_(NAN)  # the caller owns the gradient and may overwrite it
 
 
 def test_accumulation_and_two_uses_of_one_loss():
@@ -435,44 +418,31 @@ def test_accumulation_and_two_uses_of_one_loss():
 
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_incoming_gradient_of_every_element(kind, dtype):
+def test_upstream_gradient_of_every_element(kind, dtype):
     inputs = problem(
         (4, 5, 6), probabilities=kind == "probabilities", ignored=kind == "ignored", dtype=dtype
     )
-    upstream = torch.randn(4, 6).abs()
-    _, gradient = step(wsl_loss, *inputs, reduction="none", upstream=upstream)
-    student, teacher, target = inputs
-    exact = target.double() if target.is_floating_point() else target
-    _, expected = step(
-        reference.wsl_loss,
-        student.double(),
-        teacher.double(),
-        exact,
-        reduction="none",
-        upstream=upstream.double(),
-    )
+    options = {"reduction": "none", "upstream": randn(4, 6).abs()}
+    _, gradient = step(wsl_loss, *inputs, **options)
+    _, expected = exact_step(*inputs, **options)
     rtol = 2e-3 if dtype == torch.float16 else 1e-5
     torch.testing.assert_close(gradient.double(), expected, rtol=rtol, atol=rtol * 1e-2)
 
 
 def test_expanded_upstream_gradient():
-    """sum() sends back a gradient with stride 0."""
+    """The gradient of sum() has stride 0."""
     student, teacher, target = problem((4, 5, 6))
+    _, expected = step(wsl_loss, student, teacher, target, reduction="sum")
     student.requires_grad_()
     wsl_loss(student, teacher, target, reduction="none").sum().backward()
-    torch.testing.assert_close(
-        student.grad, step(wsl_loss, student, teacher, target, reduction="sum")[1]
-    )
+    torch.testing.assert_close(student.grad, expected)
 
 
 def test_float16_gradient_survives_a_gradient_scaler():
-    student, teacher, target = problem((4096, 10), dtype=torch.float16, scale=0.01)
-    student, teacher = (
-        student / 100,
-        student / 100,
-    )  # equal up to nothing: gradients of 1e-5 and less a row
-    _, exact = step(reference.wsl_loss, student.double(), teacher.double(), target)
-    _, gradient = step(wsl_loss, student, teacher, target, upstream=torch.tensor(65536.0))
+    """Student and teacher are nearly indifferent: a row's gradient is at most 1e-5."""
+    student, _, target = problem((2048, 10), dtype=torch.float16, scale=1e-4)
+    _, exact = exact_step(student, student, target)
+    _, gradient = step(wsl_loss, student, student, target, upstream=torch.tensor(65536.0))
     assert ((gradient.double() / 65536 - exact).abs() <= 1e-3 * exact.abs()).all()
 
 
@@ -501,7 +471,7 @@ def test_func_grad_and_func_vjp():
         )
 
 
-def test_teacher_and_target_are_constants_without_a_graph():
+def test_graphs_of_teacher_and_target_are_not_kept_alive():
     student, teacher, target = problem((4, 5), probabilities=True)
     teacher_input = teacher.requires_grad_()
     teacher = teacher_input * 1.0
@@ -524,8 +494,7 @@ def test_inputs_are_never_written():
         copies = student.clone(), teacher.clone(), target.clone()
         step(wsl_loss, student, teacher, target, upstream=torch.tensor(3.0))
         wsl_terms(student, teacher, target)
-        for tensor, copied in zip((student, teacher, target), copies, strict=True):
-            torch.testing.assert_close(tensor, copied, rtol=0, atol=0)
+        assert all(map(torch.equal, (student, teacher, target), copies))
 
 
 def test_logits_changed_in_place_after_the_loss_do_no_harm():
@@ -542,14 +511,14 @@ def test_logits_changed_in_place_after_the_loss_do_no_harm():
 
 def test_autocast_changes_nothing():
     student, teacher, target = problem((6, 10), dtype=torch.bfloat16)
-    plain = step(wsl_loss, student, teacher, target)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    expected = step(wsl_loss, student, teacher, target)
+    with torch.autocast(student.device.type, dtype=torch.bfloat16):
         loss, gradient = step(wsl_loss, student, teacher, target)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close((loss, gradient), plain)
+    torch.testing.assert_close((loss, gradient), expected)
 
 
-def test_no_gradient_asked_for():
+def test_no_graph_without_a_student_that_requires_grad():
     student, teacher, target = problem((6, 10))
     with torch.no_grad():
         assert not wsl_loss(student.requires_grad_(), teacher, target).requires_grad
@@ -561,7 +530,7 @@ def test_no_gradient_asked_for():
 
 @st.composite
 def rows(draw):
-    n, classes = draw(st.integers(1, 5)), draw(st.integers(2, 40))
+    n, classes = draw(st.integers(1, 5)), draw(st.sampled_from([2, 3, 5, 16, 40]))
     # Students and teachers from indifferent to confident beyond float32.
     student, teacher, target = problem(
         (n, classes),
@@ -572,7 +541,6 @@ def rows(draw):
     return student, teacher, target, temperature
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows(), st.sampled_from([-1e3, -1.0, 0.5, 100.0]))
 def test_adding_a_constant_to_a_row_changes_nothing(case, constant):
     student, teacher, target, temperature = case
@@ -587,26 +555,25 @@ def test_adding_a_constant_to_a_row_changes_nothing(case, constant):
     )
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows(), st.randoms(use_true_random=False))
 def test_renaming_the_classes_renames_the_gradient(case, random):
     student, teacher, target, temperature = case
     order = list(range(student.shape[1]))
     random.shuffle(order)
     order = torch.tensor(order)
+    renamed_target = order.argsort()[target]
     loss, gradient = step(wsl_loss, student, teacher, target, temperature=temperature)
     renamed, renamed_gradient = step(
         wsl_loss,
         student[:, order],
         teacher[:, order],
-        order.argsort()[target],
+        renamed_target,
         temperature=temperature,
     )
     torch.testing.assert_close(renamed, loss)
     torch.testing.assert_close(renamed_gradient, gradient[:, order], rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows(), st.sampled_from([0.0, 0.1]))
 def test_gradient_rows_sum_to_zero(case, label_smoothing):
     student, teacher, target, temperature = case
@@ -623,7 +590,6 @@ def test_gradient_rows_sum_to_zero(case, label_smoothing):
     assert (gradient.double().sum(1).abs() <= 1e-5 * scale).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows())
 def test_a_student_that_equals_its_teacher_has_weight_1_minus_1_over_e(case):
     student, _, target, temperature = case
@@ -635,18 +601,16 @@ def test_a_student_that_equals_its_teacher_has_weight_1_minus_1_over_e(case):
     assert (terms.weight[terms.teacher_ce > 1] - (1 - 1 / math.e)).abs().le(1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows(), st.sampled_from([0.0, 0.1, 1.0]), st.sampled_from(["mean", "sum", "none"]))
 def test_alpha_zero_is_cross_entropy(case, label_smoothing, reduction):
     student, teacher, target, temperature = case
     options = {"label_smoothing": label_smoothing, "reduction": reduction}
     ours = step(wsl_loss, student, teacher, target, alpha=0.0, temperature=temperature, **options)
     expected = step(F.cross_entropy, student.double(), target, **options)
-    torch.testing.assert_close(ours[0].double(), expected[0], rtol=1e-5, atol=2e-6)
-    torch.testing.assert_close(ours[1].double(), expected[1], rtol=1e-5, atol=2e-6)
+    for value, exact in zip(ours, expected):
+        torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=2e-6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows())
 def test_terms_are_what_the_loss_is_made_of(case):
     student, teacher, target, temperature = case
@@ -662,7 +626,6 @@ def test_terms_are_what_the_loss_is_made_of(case):
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
 @given(rows())
 def test_sum_is_n_times_mean_and_none_adds_up_to_it(case):
     student, teacher, target, temperature = case
@@ -674,7 +637,6 @@ def test_sum_is_n_times_mean_and_none_adds_up_to_it(case):
     torch.testing.assert_close(total, each.sum(), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.booleans())
 def test_trailing_dimensions_are_more_rows(seed, probabilities):
     student, teacher, target = problem((2, 6, 3, 2), seed=seed, probabilities=probabilities)
@@ -707,5 +669,6 @@ def test_module_is_the_function():
     assert criterion.state_dict() == {}
     assert list(criterion.parameters()) == []
     assert repr(criterion) == (
-        "WSLLoss(temperature=4.0, alpha=2.25, hard_weight=0.5, label_smoothing=0.1, ignore_index=-100, reduction='sum')"
+        "WSLLoss(temperature=4.0, alpha=2.25, hard_weight=0.5, label_smoothing=0.1, "
+        "ignore_index=-100, reduction='sum')"
     )

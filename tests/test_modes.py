@@ -1,21 +1,26 @@
-"""Every mode of PyTorch: the same loss and gradient, or a refusal that says what to do instead."""
+"""Modes of PyTorch: the same loss and gradient, or a refusal that says what to do instead."""
 
 from __future__ import annotations
 
+import copy
 import gc
-import multiprocessing
+import io
 import os
+import shutil
 from fractions import Fraction
+from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from budget import step
+from processes import in_processes, joined, run_python
 from test_loss import problem
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.profiler import ProfilerActivity
 from torch.utils.checkpoint import checkpoint
 
 from weighted_soft_labels import WSLLoss, reference, wsl_loss
@@ -23,6 +28,7 @@ from weighted_soft_labels.analysis import wsl_terms
 
 STUDENT, TEACHER, TARGET = problem((6, 10), ignored=True)
 EXPECTED = step(wsl_loss, STUDENT, TEACHER, TARGET)
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 OLD = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8)
 
 
@@ -44,7 +50,7 @@ def weight_gradient(module):
 # --- the teacher and its tensors ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_teacher_and_target_of_inference_mode(dtype, reduction):
     student = STUDENT.to(dtype, copy=True)
@@ -62,6 +68,43 @@ def test_whole_call_in_inference_mode():
     with torch.inference_mode():
         assert wsl_loss(STUDENT * 1, TEACHER * 1, TARGET) == EXPECTED[0]
         assert wsl_terms(STUDENT * 1, TEACHER * 1, TARGET).weight.shape == TARGET.shape
+
+
+def test_meta_tensors():
+    student = torch.empty(2, 5, 3, device="meta", requires_grad=True)
+    teacher, target = torch.empty_like(student), torch.empty(2, 3, dtype=torch.long, device="meta")
+    for reduction, shape in (("mean", ()), ("none", (2, 3))):
+        loss, gradient = step(wsl_loss, student, teacher, target, reduction=reduction)
+        assert loss.is_meta
+        assert loss.shape == shape
+        assert gradient.is_meta
+        assert gradient.shape == student.shape
+
+
+class Logits(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+def test_subclass_of_an_ordinary_tensor(which):
+    inputs = [STUDENT, TEACHER, TARGET]
+    for i in which:
+        inputs[i] = inputs[i].as_subclass(Logits)
+    loss, gradient = step(wsl_loss, *inputs)
+    assert torch.equal(loss.as_subclass(torch.Tensor), EXPECTED[0])
+    assert torch.equal(gradient.as_subclass(torch.Tensor), EXPECTED[1])
+
+
+def test_a_copied_or_pickled_module_trains_the_same():
+    module = Distillation()
+    module(STUDENT, TEACHER, TARGET).backward()
+    expected = weight_gradient(module)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        twin(STUDENT, TEACHER, TARGET).backward()
+        assert torch.equal(weight_gradient(twin), expected)
 
 
 def test_default_device():
@@ -91,7 +134,34 @@ def test_default_dtype():
 # --- memory between forward and backward ---
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_backward_keeps_the_gradient_and_the_loss_alone(dtype, reduction):
+    """So checkpointing and offloading see everything; the context keeps no tensor of its own."""
+    student, teacher, target = problem((40, 50), dtype=dtype)
+    student.requires_grad_()
+    saved = []
+
+    def loss(pack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            return wsl_loss(student, teacher, target, reduction=reduction)
+
+    loss(lambda tensor: saved.append(tensor))
+    shapes = {(40,) if reduction == "none" else (), (40, 50), ()}
+    assert {tuple(x.shape) for x in saved} <= shapes
+    (gradient,) = (x for x in saved if x.numel() == 2000)
+    assert gradient.dtype == dtype
+    addresses = {x.untyped_storage().data_ptr() for x in saved}
+    assert addresses.isdisjoint(x.data_ptr() for x in (student, teacher, target))
+    saved.clear()
+    del gradient
+    kept, largest = alive_after(lambda: loss(lambda tensor: None))
+    assert kept.requires_grad
+    assert largest <= 40
+
+
 def alive_after(forward):
+    """Return what `forward` returns, and the elements of the largest tensor that it left alive."""
     gc.collect()
     before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
     kept = forward()
@@ -102,28 +172,66 @@ def alive_after(forward):
     return kept, max((x.numel() for x in alive), default=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("change", ["overwritten", "freed", "resized"])
+@pytest.mark.usefixtures("backend")
+def test_inputs_are_not_read_after_forward(dtype, reduction, change, backend):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton kernels compute in float32")
+    inputs = problem((6, 10), dtype=dtype, ignored=True)
+    _, expected = step(wsl_loss, *inputs, reduction=reduction)
+    leaf = inputs[0].clone().requires_grad_()
+    logits, teacher, target = leaf * 1, inputs[1].clone(), inputs[2].clone()
+    loss = wsl_loss(logits, teacher, target, reduction=reduction).sum()
+    for tensor in (logits.detach(), teacher, target):
+        if change == "overwritten":
+            tensor.fill_(3)
+        elif change == "resized":
+            tensor.untyped_storage().resize_(0)
+    del logits, teacher, target, tensor
+    for _ in range(2):
+        (gradient,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_is_kept_for_backward_is_seen_by_hooks(dtype, reduction):
-    """Checkpointing and offloading see everything of the size of the logits; nothing hides on the context."""
-    student, teacher, target = problem((40, 50), dtype=dtype)
+@pytest.mark.usefixtures("backend")
+def test_saved_tensors_that_a_hook_keeps_are_not_overwritten(dtype, reduction):
+    student, teacher, target = problem((6, 10), dtype=dtype)
+    upstream = torch.full((6,) if reduction == "none" else (), 3.0)
+    options = {"reduction": reduction}
+    _, expected = step(wsl_loss, student, teacher, target, upstream=upstream, **options)
     student.requires_grad_()
-    packed = []
+    for view in (lambda tensor: tensor, torch.Tensor.detach):
+        kept = []
 
-    def pack(tensor):
-        packed.append(tensor.numel())
-        return tensor.detach().clone()
+        def pack(tensor, kept=kept, view=view):
+            kept.append(view(tensor))
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = wsl_loss(student, teacher, target, reduction=reduction).sum()
-    later = dtype == torch.float16 or reduction == "none"
-    assert sorted(packed, reverse=True)[: 2 if later else 1] == [2000] * (2 if later else 1)
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, lambda _: None):
-        loss, largest = alive_after(
-            lambda: wsl_loss(student, teacher, target, reduction=reduction).sum()
-        )
-    assert loss.requires_grad
-    assert largest < 2000
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = wsl_loss(student, teacher, target, **options)
+        copies = [x.clone() for x in kept]
+        (gradient,) = torch.autograd.grad((3 * loss).sum(), student)
+        torch.testing.assert_close(gradient, expected)
+        assert all(map(torch.equal, kept, copies))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_peak_memory_is_one_gradient(dtype, reduction):
+    student, teacher = torch.randn(2, 4000, 4000).to(dtype).unbind(0)
+    student.requires_grad_()
+    target = torch.arange(4000)
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        (2 * wsl_loss(student, teacher, target, reduction=reduction).sum()).backward()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    peak = max(accumulate(event.nbytes() for event in events))
+    assert student.nbytes <= peak <= 1.1 * student.nbytes
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -187,7 +295,7 @@ def test_compiled_with_a_teacher_of_inference_mode_and_a_retained_graph(compiled
     with torch.inference_mode():
         teacher, target = TEACHER * 1, TARGET * 1
     student = STUDENT.clone().requires_grad_()
-    # A backward that was compiled for one use (in some versions of torch) refuses another, whatever the function.
+    # Some versions of torch compile a backward for one use, whatever the function.
     with torch._functorch.config.patch(donated_buffer=False):
         loss = compiled()(student, teacher, target)
         for _ in range(2):
@@ -215,9 +323,30 @@ def test_compiled_index_that_names_no_class_is_never_a_plausible_number(compiled
         compiled()(STUDENT, TEACHER, target)
 
 
+@pytest.mark.parametrize("arguments", [{"temperature": -1.0}, {"target": TARGET[:3]}])
+def test_a_compiled_call_that_raised_leaves_later_compilations_working(compiled, arguments):
+    inputs = {"student_logits": STUDENT, "teacher_logits": TEACHER, "target": TARGET}
+    with pytest.raises(Exception, match=r"temperature must be|class indices"):
+        torch.compile(wsl_loss)(**inputs | arguments)
+    for function in (wsl_loss, lambda *tensors: wsl_loss(*tensors), WSLLoss()):
+        torch.testing.assert_close(step(compiled(function), STUDENT, TEACHER, TARGET), EXPECTED)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("option", "values"), [("temperature", (4, 5, 6.5)), ("ignore_index", (-100, 1, 2))]
+)
+def test_compiled_options_may_be_ints_and_change_between_calls(compiled, dynamic, option, values):
+    function, inputs = compiled(dynamic=dynamic), problem((6, 10))
+    for value in values:
+        ours = step(function, *inputs, **{option: value})
+        expected = step(wsl_loss, *inputs, **{option: value})
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_one_compilation_serves_all_batch_sizes(compiled, dynamic):
-    """By default the compiler takes the first size as fixed, and generalises at the second, as for any function."""
+    """By default, the compiler fixes the first size and generalises at the second."""
     function = compiled(dynamic=dynamic)
     for n in (8, 12):
         step(function, *problem((n, 10)))
@@ -296,34 +425,45 @@ def test_fake_tensors(dtype, reduction):
         assert wsl_terms(student, student, target).weight.shape == target.shape
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        lambda x: x,
-        lambda x: x.to(memory_format=torch.channels_last),
-        lambda x: x.transpose(2, 3),
-        lambda x: x[..., ::2],
-        lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
-        lambda x: x[:, :, 0, 0],
-        lambda x: x[:1].expand(2, -1, -1, -1),
-    ],
-)
-def test_operators_are_what_they_claim_to_be(layout):
+LAYOUTS = [
+    lambda x: x,
+    lambda x: x.to(memory_format=torch.channels_last),
+    lambda x: x.transpose(2, 3),
+    lambda x: x[..., ::2],
+    lambda x: x.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3),
+    lambda x: x[:, :, 0, 0],
+    lambda x: x[0, :, 0, 0],
+    lambda x: x[:1].expand(2, -1, -1, -1),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_operator_is_what_it_claims_to_be(layout, dtype):
     """Schema, fake outputs down to their strides, and behaviour under tracing."""
-    student = layout(torch.randn(2, 5, 3, 4))
-    target = torch.randint(5, student.shape[:1] + student.shape[2:])
+    student = layout(torch.randn(2, 5, 3, 4).to(dtype))
+    target = torch.randint(5, student.select(min(1, student.dim() - 1), 0).shape)
+    operator = torch.ops.weighted_soft_labels.forward.default
     options = (2.0, 2.5, 1.0, 0.0, -100)
-    operators = torch.ops.weighted_soft_labels
-    for reduction in ("mean", "none"):
-        upstream = torch.ones(target.shape if reduction == "none" else ())
-        for ahead in (False, True):
-            torch.library.opcheck(
-                operators.forward.default, (student, student, target, ahead, *options, reduction)
-            )
-        torch.library.opcheck(
-            operators.backward.default, (student, student, target, upstream, *options, reduction)
+    for wanted, reduction in ((False, "terms"), (False, "mean"), (True, "mean"), (True, "none")):
+        arguments = (student, student.float(), target, wanted, *options, reduction)
+        torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, (student, student, student.softmax(-1), True, *options, "none"))
+
+
+@pytest.mark.slow
+def test_aot_inductor(tmp_path):
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        pytest.skip("AOTInductor needs a C++ compiler")
+    module = Distillation()
+    with torch.no_grad():
+        expected = module(STUDENT, TEACHER, TARGET)
+        program = torch.export.export(module, (STUDENT, TEACHER, TARGET))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "loss.pt2")
         )
-    torch.library.opcheck(operators.terms.default, (student, student, target, 2.0, -100))
+        loss = torch._inductor.aoti_load_package(path)(STUDENT, TEACHER, TARGET)
+    torch.testing.assert_close(loss, expected)
 
 
 # --- refused ---
@@ -348,17 +488,23 @@ def test_what_is_refused_names_the_reference(transformed):
         transformed(lambda student: wsl_loss(student, TEACHER, TARGET))
 
 
-@pytest.mark.parametrize("options", [{}, {"reduction": "none"}])
-def test_second_derivative_is_refused(options):
-    student = STUDENT.clone().requires_grad_()
-    loss = wsl_loss(student, TEACHER, TARGET, **options).sum()
-    (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
-    for differentiate in (lambda x: x.backward(), lambda x: torch.autograd.grad(x, student)):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("to", ["student", "loss weights"])
+def test_second_derivative_is_refused(dtype, reduction, to):
+    """Learned loss weights are an upstream gradient, to which the gradient is linear."""
+    student = STUDENT.to(dtype).requires_grad_()
+    weights = torch.ones((6,) if reduction == "none" else (), requires_grad=True)
+
+    def squared():
+        loss = (weights * wsl_loss(student, TEACHER, TARGET, reduction=reduction)).sum()
+        (gradient,) = torch.autograd.grad(loss, student, create_graph=True)
+        return gradient.float().square().sum()
+
+    variable = student if to == "student" else weights
+    for differentiate in (lambda x: x.backward(), lambda x: torch.autograd.grad(x, variable)):
         with pytest.raises(RuntimeError, match=r"weighted_soft_labels\.reference"):
-            differentiate(gradient.square().sum())
-        (gradient,) = torch.autograd.grad(
-            wsl_loss(student, TEACHER, TARGET), student, create_graph=True
-        )
+            differentiate(squared())
 
 
 def test_compiled_func_grad_is_refused(compiled):
@@ -369,26 +515,6 @@ def test_compiled_func_grad_is_refused(compiled):
 
 
 # --- many processes ---
-
-
-def in_processes(function, world, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=function, args=(rank, world, str(tmp_path))) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
-
-
-def joined(rank, world, folder):
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
 
 
 def shards_agree_with_one_process(rank, world, folder):
@@ -426,18 +552,84 @@ def test_ddp_fsdp2_and_dtensor(tmp_path):
     in_processes(shards_agree_with_one_process, 2, tmp_path)
 
 
-def same_loss(queue):
-    queue.put(wsl_loss(STUDENT, TEACHER, TARGET).item())
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-def test_forked_process():
-    context = multiprocessing.get_context("fork")
-    queue = context.Queue()
-    process = context.Process(target=same_loss, args=(queue,))
-    process.start()
-    assert queue.get(timeout=60) == EXPECTED[0].item()
-    process.join()
+@pytest.mark.parametrize(("forced", "threads"), [("auto", 1), ("auto", 2), ("eager", 1)])
+def test_forked_child_computes_at_least_where_torch_softmax_does(forced, threads):
+    """If the parent used OpenMP threads, softmax hangs in the child, and so does eager."""
+    run_python(f"""
+import os, torch
+from weighted_soft_labels import wsl_loss
+from weighted_soft_labels.backends import use_backend
+use_backend({forced!r})
+torch.set_num_threads({threads})
+
+def step(rows):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, rows, 10, generator=generator).unbind(0)
+    student.requires_grad_()
+    loss = wsl_loss(student, teacher, torch.arange(rows) % 10)
+    loss.backward()
+    return loss.detach(), student.grad
+
+step(100_000)
+expected = step(16)
+child = os.fork()
+same = all(map(torch.equal, step(16), expected))
+if not child:
+    os._exit(not same)
+assert same and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+""")
+
+
+# --- imported twice ---
+
+INPUTS = """
+import torch
+student, teacher = torch.randn(2, 6, 10).unbind(0)
+target = torch.arange(6)
+"""
+
+
+def test_every_module_can_be_reloaded():
+    run_python(f"""{INPUTS}
+import importlib, pkgutil, sys, warnings
+import weighted_soft_labels
+from weighted_soft_labels import reference
+warnings.simplefilter("error")
+expected = weighted_soft_labels.wsl_loss(student, teacher, target)
+for module in pkgutil.walk_packages(weighted_soft_labels.__path__, "weighted_soft_labels."):
+    if module.name.endswith(("cpu", "cpu_kernel", "triton")):
+        continue  # optional
+    importlib.import_module(module.name)
+names = sorted(name for name in sys.modules if name.startswith("weighted_soft_labels"))
+for name in names:
+    importlib.reload(sys.modules[name])
+loss = weighted_soft_labels.wsl_loss(student.requires_grad_(), teacher, target)
+assert torch.equal(loss, expected)
+loss.backward()
+operator = torch.ops.weighted_soft_labels.forward.default
+loss = operator(student, teacher, target, False, 2.0, 2.5, 1.0, 0.0, -100, "mean")[0]
+assert torch.equal(loss, expected)
+""")
+
+
+def test_a_second_copy_of_the_package_is_a_clear_error():
+    run_python("""
+import sys
+import weighted_soft_labels
+for name in [name for name in sys.modules if name.startswith("weighted_soft_labels")]:
+    del sys.modules[name]
+try:
+    import weighted_soft_labels
+except ImportError as error:
+    assert "another copy of weighted_soft_labels was imported" in str(error), error
+    assert "sys.path" in str(error), error
+else:
+    raise AssertionError("no error")
+""")
+
+
+# --- the first thing a process does ---
 
 
 def test_cold_compilation_as_the_first_thing_a_process_does(tmp_path):

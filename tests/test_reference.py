@@ -1,4 +1,4 @@
-"""The judge is judged: by an independent transcription and by what the published implementations computed."""
+"""The reference agrees with an independent transcription and with published implementations."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_agrees_with_numpy(probabilities, temperature, hard_weight, alpha, label
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_supports_double_backward(temperature):
-    """Of the loss with its weight as a constant, soft term included."""
+    """The second derivative of the loss with its weight as a constant."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = torch.randn(2, 3, 5, dtype=torch.float64, generator=generator).unbind(0)
     target = torch.tensor([0, 4, 2])
@@ -91,9 +91,8 @@ def test_supports_double_backward(temperature):
         ).mean()
 
     expected = torch.autograd.functional.hvp(frozen, student, direction)[1]
-    torch.testing.assert_close(
-        second, expected, rtol=1e-5, atol=1e-8
-    )  # the weight came back in float32
+    # `wsl_terms` returned the weight in float32.
+    torch.testing.assert_close(second, expected, rtol=1e-5, atol=1e-8)
 
 
 def test_supports_vmap_for_gradients_of_single_samples():

@@ -1,4 +1,4 @@
-"""examples/study: the two scripts as programs on real digits, what they share, and the page of results."""
+"""examples/study: two scripts as programs on real digits, shared code, and the page of results."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def table(path: Path) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    found = {}
+    finished = {}
     for name in REPORTS:
         folder = tmp_path_factory.mktemp("study")
         done = run(folder, name, *TINY, *FEW[name], "--out", "out")
         assert done.returncode == 0, done.stderr
-        found[name] = folder / "out", done.stdout
-    return found
+        finished[name] = folder / "out", done.stdout
+    return finished
 
 
 @pytest.mark.slow
@@ -143,7 +143,7 @@ def test_seeds_do_not_depend_on_the_number_of_workers(finished: Finished, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not Path("/proc/self/task").exists(), reason="children are found in Linux's /proc"
+    not Path("/proc/self/task").exists(), reason="children are listed in Linux's /proc"
 )
 def test_after_a_kill_no_process_is_left_and_no_file_half_written(tmp_path: Path) -> None:
     options = (
@@ -215,11 +215,11 @@ def test_losses_of_the_ablation_differ_in_the_weight_of_the_soft_term_alone(
         temperature * ((student / temperature).softmax(1) - (teacher / temperature).softmax(1)) / 60
     )
     weight = wsl_terms(student, teacher, labels).weight
-    found = regularization_samples(student, teacher, labels, temperature=temperature)
-    assert 0 < found.sum() < 60
+    samples = regularization_samples(student, teacher, labels, temperature=temperature)
+    assert 0 < samples.sum() < 60
     weights = {
         "KD": torch.ones(60),
-        "dropped": (~found).float(),
+        "dropped": (~samples).float(),
         "uniform": weight.mean().expand(60),
         "WSL": weight,
     }

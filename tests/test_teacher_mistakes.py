@@ -1,4 +1,4 @@
-"""examples/study/teacher_mistakes.py as a program on real digits, resumed, too; what the mistakes are; uniform."""
+"""examples/study/teacher_mistakes.py as a program on real digits, also resumed; the mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""examples/frameworks/wsl_lightning.py: under Lightning's own Trainer, in one process and in two."""
+"""examples/frameworks/wsl_lightning.py with Lightning's Trainer, in one process and in two."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ FRAMEWORKS = Path(__file__).parents[1] / "examples" / "frameworks"
 sys.path.insert(0, str(FRAMEWORKS))
 
 import lightning as L  # noqa: E402
+import wsl_lightning  # noqa: E402
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint  # noqa: E402
 from lightning.pytorch.loggers import CSVLogger  # noqa: E402
 from wsl_lightning import Distillation  # noqa: E402
@@ -44,13 +45,13 @@ IGNORED = -100
 
 
 def make_student() -> nn.Module:
-    """Without batch statistics, which are each process's own."""
+    """Without batch norm, whose statistics differ between processes."""
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, CLASSES))
 
 
 def make_teacher(classes: int = CLASSES) -> nn.Module:
-    """With statistics that no longer are the initial ones, and all that train mode would change."""
+    """With batch norm and dropout, which differ in train mode, and with fitted statistics."""
     torch.manual_seed(2)
     teacher = nn.Sequential(
         nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, classes)
@@ -93,17 +94,19 @@ def read_log(folder: Path) -> list[dict[str, float]]:
         ]
 
 
-def test_trains_the_student_as_a_plain_loop_does() -> None:
+def test_trains_the_student_as_a_loop_in_pytorch_does() -> None:
     options = {"temperature": 4.0, "alpha": 2.25, "hard_weight": 0.5, "label_smoothing": 0.1}
     data, module = make_data(), make_module(**options)
     teacher = state(module.teacher)
     make_trainer().fit(module, DataLoader(data, 4), DataLoader(data, 4))
 
-    student, frozen = make_student(), make_teacher().eval()
+    student = make_student()
+    teacher_network = make_teacher().eval()
     optimizer = torch.optim.SGD(student.parameters(), 0.05, 0.9, weight_decay=1e-4)
     for _ in range(2):
         for inputs, target in DataLoader(data, 4):
-            loss = reference.wsl_loss(student(inputs), frozen(inputs).detach(), target, **options)
+            teacher_logits = teacher_network(inputs).detach()
+            loss = reference.wsl_loss(student(inputs), teacher_logits, target, **options)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -112,20 +115,20 @@ def test_trains_the_student_as_a_plain_loop_does() -> None:
 
 
 def test_teacher_is_frozen_and_in_eval_mode_all_along() -> None:
-    module = make_module()  # whose teacher comes in train mode
+    module = make_module()  # the teacher comes in train mode
     seen: list[tuple[bool, bool]] = []
     module.teacher[2].register_forward_hook(
         lambda dropout, *_: seen.append((dropout.training, module.training))
     )
     trainer = make_trainer(max_epochs=3, check_val_every_n_epoch=1)
     trainer.fit(module, DataLoader(make_data(), 4), DataLoader(make_data(), 4))
-    assert seen == 18 * [(False, True)]  # the teacher is for training alone
+    assert seen == 18 * [(False, True)]  # validation does not run the teacher
     assert all(
         parameter.grad is None and not parameter.requires_grad
         for parameter in module.teacher.parameters()
     )
     assert {*trainer.optimizers[0].param_groups[0]["params"]} == {*module.student.parameters()}
-    module.unfreeze()  # Lightning's: the gradients of all, and train mode
+    module.unfreeze()  # Lightning's method: train mode, and gradients for all parameters
     assert not module.teacher_logits(make_data().tensors[0]).requires_grad
 
 
@@ -156,32 +159,29 @@ def test_logs_the_terms_of_every_nth_step(tmp_path: Path, change: Any) -> None:
         step = int(row["step"])
         logits, target = (outputs["student"][step], outputs["teacher"][step]), batches[step][1]
         terms = wsl_terms(*logits, target, temperature=3.0)
-        kept = slice(None) if target.is_floating_point() else target != IGNORED
+        counts = slice(None) if target.is_floating_point() else target != IGNORED
         for name, values in {
             "hard": terms.student_ce,
             "soft": terms.soft,
             "weight": terms.weight,
         }.items():
-            assert row[name] == pytest.approx(values[kept].mean().item(), rel=1e-5), name
+            assert row[name] == pytest.approx(values[counts].mean().item(), rel=1e-5), name
         assert row["loss"] == pytest.approx(
             wsl_loss(*logits, target, temperature=3.0).item(), rel=1e-5
         )
 
 
 def test_validation_counts_every_element_once() -> None:
-    (inputs, target), module = make_data(10).tensors, make_module()
-    data = TensorDataset(inputs, some_ignored(target))
-    (metrics,) = make_trainer().validate(
-        module, DataLoader(data, 4), verbose=False
-    )  # with 2, 3 and 1 elements kept
-    kept = data.tensors[1] != IGNORED
-    logits = module.student(inputs)[kept]
-    assert metrics["val_hard"] == pytest.approx(
-        F.cross_entropy(logits, target[kept]).item(), rel=1e-6
-    )
-    assert metrics["val_accuracy"] == pytest.approx(
-        100 * (logits.argmax(1) == target[kept]).float().mean().item()
-    )
+    inputs, target = make_data(10).tensors
+    module, data = make_module(), TensorDataset(inputs, some_ignored(target))
+    # In the three batches 2, 3 and 1 elements count.
+    (metrics,) = make_trainer().validate(module, DataLoader(data, 4), verbose=False)
+    counts = data.tensors[1] != IGNORED
+    logits = module.student(inputs)[counts]
+    hard = F.cross_entropy(logits, target[counts]).item()
+    accuracy = 100 * (logits.argmax(1) == target[counts]).float().mean().item()
+    assert metrics["val_hard"] == pytest.approx(hard, rel=1e-6)
+    assert metrics["val_accuracy"] == pytest.approx(accuracy)
 
 
 def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
@@ -207,10 +207,8 @@ def test_checkpoint_holds_no_teacher_and_loads(tmp_path: Path) -> None:
 
 def test_resumed_run_ends_with_the_same_bits_also_of_averaged_weights(tmp_path: Path) -> None:
     def fit(epochs: int, resume_from: Path | None = None) -> Distillation:
-        module, callbacks = (
-            make_module(),
-            [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path)],
-        )
+        module = make_module()
+        callbacks = [EMAWeightAveraging(decay=0.5), ModelCheckpoint(tmp_path)]
         trainer = make_trainer(max_epochs=epochs, enable_checkpointing=True, callbacks=callbacks)
         trainer.fit(
             module, DataLoader(make_data(), 4), DataLoader(make_data(), 4), ckpt_path=resume_from
@@ -232,7 +230,7 @@ def test_batch_without_target_is_refused() -> None:
         (TensorDataset(images), r"\['Tensor'\]"),
         ([{"image": images}], "dict"),
     ):
-        message = rf"a batch must be \(inputs, target\), as WSL weighs by the labels, got {got}"
+        message = rf"a batch must be \(inputs, target\), as WSL needs the labels, got {got}"
         with pytest.raises(ValueError, match=message):
             make_trainer().fit(make_module(), DataLoader(data, 2))
 
@@ -250,12 +248,12 @@ def test_validation_on_class_probabilities_and_a_teacher_of_other_classes_are_re
 
 
 def test_teacher_in_train_mode_is_refused() -> None:
-    """Of which a part was put there past `Distillation.train`."""
+    """Also if only a part of the teacher is in train mode."""
     module = make_module()
     module.teacher[1].register_forward_hook(lambda norm, *_: norm.train() and None)
     with pytest.raises(
         ValueError,
-        match="the teacher must be in eval mode, but something has put it into train mode",
+        match="the teacher must be in eval mode, but a part of it is in train mode",
     ):
         make_trainer().fit(module, DataLoader(make_data(), 4))
 
@@ -268,17 +266,15 @@ def test_student_that_shares_parameters_with_its_teacher_is_refused() -> None:
 
 
 def run(*options: object) -> str:
-    command, environment = (
-        [sys.executable, *map(str, options)],
-        {**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    command = [sys.executable, *map(str, options)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 class InOrder(L.LightningDataModule):
-    """Training data as it comes, every other element to each of two processes. Lightning itself would shuffle it."""
+    """Training data in order. Lightning's own sampler for two processes would shuffle the data."""
 
     def __init__(self, data: TensorDataset, batch: int) -> None:
         super().__init__()
@@ -291,15 +287,14 @@ class InOrder(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         inputs, target = self.data.tensors
-        ignored = some_ignored(
-            target
-        )  # of which one process has more than the other, and an odd number is left
+        # The processes have different numbers of elements that count.
+        ignored = some_ignored(target)
         ignored[1] = IGNORED
         return DataLoader(TensorDataset(inputs, ignored), self.batch // self.trainer.world_size)
 
 
 def train_on(devices: int, folder: Path) -> None:
-    """What both processes of DDP run, too: two epochs of six steps, and a validation after each."""
+    """Two epochs of six steps with a validation after each. Both processes of DDP run this."""
     module = make_module()
     strategy = "ddp" if devices > 1 else "auto"
     trainer = make_trainer(
@@ -340,5 +335,25 @@ def test_script_distils_on_two_processes(tmp_path: Path) -> None:
     }
 
 
-if __name__ == "__main__":  # which Lightning starts again for the second process
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--batch-size", "301"), "at most 300 (images), got 301 for 1 devices"),
+        (("--batch-size", "5", "--devices", "2"), "must be a multiple of --devices"),
+        (("--epochs", "0"), "--epochs must be at least 1, got 0"),
+    ],
+)
+def test_script_refuses_options_that_would_train_on_nothing(
+    options: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["wsl_lightning.py", *options])
+    with pytest.raises(SystemExit):
+        wsl_lightning.parse_args()
+    assert message in capsys.readouterr().err
+
+
+if __name__ == "__main__":  # Lightning starts this file again for the second process
     train_on(2, Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""The task for timm in timm itself: its models, its mixup, its losses and its optimizers."""
+"""examples/frameworks/wsl_timm.py with timm's models, mixup, losses and optimizers."""
 
 from __future__ import annotations
 
@@ -32,19 +32,10 @@ def wsl_timm() -> SimpleNamespace:
 @pytest.mark.parametrize("mixed", [False, True])
 def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: SimpleNamespace, mixed: bool) -> None:
     torch.manual_seed(0)
-    student, teacher = (
-        timm.create_model(name, num_classes=5) for name in ("test_vit", "test_resnet")
-    )
-    teacher.pretrained_cfg = {
-        **teacher.pretrained_cfg,
-        "mean": (0.5, 0.5, 0.5),
-        "std": (0.5, 0.5, 0.5),
-    }
-    student.pretrained_cfg = {
-        **student.pretrained_cfg,
-        "mean": (0.4, 0.4, 0.4),
-        "std": (0.2, 0.2, 0.2),
-    }
+    student = timm.create_model("test_vit", num_classes=5)
+    teacher = timm.create_model("test_resnet", num_classes=5)
+    student.pretrained_cfg |= {"mean": (0.4, 0.4, 0.4), "std": (0.2, 0.2, 0.2)}
+    teacher.pretrained_cfg |= {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
     alone = copy.deepcopy(student)
     images, target = torch.randn(8, 3, 160, 160), torch.randint(5, (8,))
     if mixed:
@@ -71,16 +62,22 @@ def test_a_step_in_timm_is_a_step_on_the_wsl_loss(wsl_timm: SimpleNamespace, mix
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_a_train_script_gets_the_task_in_the_place_of_timms(
+def test_a_train_script_imports_the_task_instead_of_timms(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        timm.task, "LogitDistillationTask", timm.task.LogitDistillationTask
-    )  # put back afterwards
+    # The script replaces the class; monkeypatch restores it after the test.
+    monkeypatch.setattr(timm.task, "LogitDistillationTask", timm.task.LogitDistillationTask)
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys\nfrom timm.task import LogitDistillationTask\nprint(LogitDistillationTask.__name__, sys.argv[1:])\n"
+        "import sys\nfrom timm.task import LogitDistillationTask\n"
+        "print(LogitDistillationTask.__name__, sys.argv[1:])\n"
     )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(script), "--kd-model-name", "resnet34"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     assert capsys.readouterr().out == "WSLTask ['--kd-model-name', 'resnet34']\n"
+
+
+def test_without_a_train_script_prints_the_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    with pytest.raises(SystemExit, match=r"usage: wsl_timm\.py pytorch-image-models/train\.py"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")

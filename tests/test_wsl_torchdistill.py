@@ -1,4 +1,4 @@
-"""examples/frameworks/wsl_torchdistill: the loss and its configuration, in torchdistill's own DistillationBox."""
+"""examples/frameworks/wsl_torchdistill: loss and configuration in torchdistill's own classes."""
 # ruff: noqa: E402, as imports follow the check that they can succeed
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from wsl_torchdistill import WSL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-IMAGES = 8  # one batch, so that the loss falls within a few steps
+IMAGES = 8  # a single batch, so the loss falls within a few steps
 
 
 class GeneratedCIFAR100(FakeData):
-    """What the configuration asks of CIFAR-100, with images that are noise."""
+    """Images of noise, for the options that the configuration passes to CIFAR100."""
 
     def __init__(self, root: str, train: bool, download: bool, transform: Any) -> None:
         super().__init__(IMAGES, (3, 32, 32), 100, transform)
 
 
 def load_configuration() -> dict[str, Any]:
-    """The committed file, and what it depends on; its path is relative, as is that of the teacher's checkpoint."""
+    """The committed file, with noise for CIFAR-100, and its dependencies."""
     text = (EXAMPLES / "frameworks" / "wsl_torchdistill.yaml").read_text()
     Path("generated.yaml").write_text(
         text.replace("torchvision.datasets.CIFAR100", f"{__name__}.GeneratedCIFAR100")
@@ -56,11 +56,11 @@ def load_configuration() -> dict[str, Any]:
 
 @pytest.fixture
 def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """In a folder where examples/cifar.py has left a teacher."""
+    """The configuration, in a folder with a teacher of examples/cifar.py."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     teacher = MODELS["resnet56"](num_classes=100)
-    for _ in range(20):  # statistics that fit the weights, or the logits of random weights explode
+    for _ in range(20):  # without fitting batch statistics, the logits explode
         teacher(torch.randn(16, 3, 32, 32))
     Path("runs/resnet56").mkdir(parents=True)
     torch.save({"model": teacher.state_dict()}, "runs/resnet56/last.pt")
@@ -68,8 +68,9 @@ def configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
 
 
 def make_box(configuration: dict[str, Any]) -> DistillationBox:
-    """As torchdistill's image_classification.py does, with small batches and no workers."""
-    train, networks = configuration["train"], []
+    """As in torchdistill's image_classification.py, but with small batches and no workers."""
+    train = configuration["train"]
+    networks = []
     for loader in (train["train_data_loader"], train["val_data_loader"]):
         loader["kwargs"].update(batch_size=IMAGES, num_workers=0, pin_memory=False)
     for model in (configuration["models"][name] for name in ("teacher_model", "student_model")):
@@ -83,7 +84,7 @@ def make_box(configuration: dict[str, Any]) -> DistillationBox:
 def make_small_box(
     teacher: nn.Module, student: nn.Module, hook: str | None = None, **options: Any
 ) -> DistillationBox:
-    """Of these networks, without data; with the output of the teacher's module `hook` recorded."""
+    """A box without data. It records the output of the teacher's module `hook`."""
     wsl = {"criterion": {"key": "WSL", "kwargs": options}, "weight": 1.0}
     train = {
         "num_epochs": 1,
@@ -131,12 +132,8 @@ def test_settings_are_those_of_the_paper(configuration: dict[str, Any]) -> None:
     assert (crop.size, crop.padding, crop.fill, flip.p) == ((32, 32), 4, 0, 0.5)
     box = make_box(configuration)
     ((criterion, weight),) = box.criterion.term_dict.values()
-    assert (weight, criterion.temperature, criterion.alpha, criterion.hard_weight) == (
-        1,
-        4.0,
-        2.25,
-        1.0,
-    )
+    options = (weight, criterion.temperature, criterion.alpha, criterion.hard_weight)
+    assert options == (1, 4.0, 2.25, 1.0)
     (group,) = box.optimizer.param_groups
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, False)
     rates = []
@@ -156,7 +153,7 @@ def test_refuses_a_teacher_checkpoint_that_is_not_there(
 
 
 class Segmenter(nn.Conv2d):
-    """Returns a dict, as torchvision's do."""
+    """Returns a dict, as torchvision's segmentation models do."""
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return {"out": super().forward(images)}
@@ -188,7 +185,7 @@ def test_segmentation_in_mixed_precision_with_unlabelled_pixels() -> None:
         (
             nn.Conv2d,
             {"teacher_output_key": "x"},
-            "the teacher's output is no dict: .* must be None, got 'x'",
+            "the teacher's output is not a dict: .* must be None, got 'x'",
         ),
         (
             nn.Conv2d,
@@ -217,9 +214,8 @@ def test_refuses_options() -> None:
         ValueError, match="student_module_io must be 'input' or 'output', got 'out'"
     ):
         WSL(student_module_io="out")
-    with pytest.raises(
-        ValueError, match="alpha must be a number, got '225e-2'"
-    ):  # which PyYAML reads as a string
+    # PyYAML reads 225e-2 as a string.
+    with pytest.raises(ValueError, match="alpha must be a number, got '225e-2'"):
         WSL(alpha="225e-2")
     with pytest.raises(TypeError, match="beta"):
         WSL(beta=0.5)

@@ -1,13 +1,14 @@
 """The operator of the loss, and the one autograd boundary around it.
 
-    wsl_loss
-       |
-    distill -- eager code -----------------> EagerLoss ----------> form
-       |                                                            ^  \\
-       '------ compiled, exported, traced    weighted_soft_labels   |   backends.choose(...).run
-               code, tensor subclasses  ---> ::forward, wrapped in -'
-                                             SavedGradients
+    wsl_loss -> distill
+                  |
+                  |- eager code: EagerLoss ---------------------------.
+                  |                                                   v
+                  '- compiled, exported or traced code,             form -> backend.run
+                     torch.func, tensor subclasses:                   ^
+                     SavedGradients -> weighted_soft_labels::forward -'
 
+EagerLoss and SavedGradients are the same autograd boundary. The first one is faster.
 The forward pass forms the gradient for an upstream gradient of 1. Autograd saves that gradient and
 nothing else of the size of the logits. The backward pass multiplies it by the upstream gradient.
 
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from weighted_soft_labels import backends
 from weighted_soft_labels._options import Options, in_memory, index_shape, signed
@@ -39,18 +40,23 @@ def distill(
     # Detached, so that the loss does not keep the graphs of teacher and target alive.
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
+    loss: Tensor
     if not group and unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
         if student.requires_grad and torch.is_grad_enabled():
-            loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
+            loss = EagerLoss.apply(student, teacher, target, options, backend)
             return loss
         return form(student, teacher, target, False, options, backend.run)[0]
-    operator = torch.ops.weighted_soft_labels.forward
-    operator = operator.sharded if group else operator.default
+    packet = torch.ops.weighted_soft_labels.forward
+    operator: Any = packet.sharded if group else packet.default
+    # A compiler applies `use_backend` to its trace, not to the process in which the code will run.
+    last = group or (backends.forced(),)
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return operator(student, teacher, target, False, *options, *group)[0]
-    # A transform of torch.func sees a Function, but not a kernel of the dispatcher.
-    return SavedGradients.apply(operator, student, teacher, target, True, *options, *group)[0]
+        loss = operator(student, teacher, target, False, *options, *last)[0]
+    else:  # a transform of torch.func sees a Function, but not a kernel of the dispatcher
+        arguments = student, teacher, target, True, *options, *last
+        loss = SavedGradients.apply(operator, *arguments)[0]
+    return loss
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
@@ -69,6 +75,8 @@ def unobserved(*tensors: Tensor) -> bool:
         and not _included(_PYTHON)
         and not _included(_PRE_DISPATCH)
         and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
     )
 
 
@@ -82,15 +90,15 @@ def form(
     student = in_memory("student_logits", student)
     teacher = in_memory("teacher_logits", teacher)
     target = signed(in_memory("target", target))
-    gradient = empty_gradient(student) if wanted else None
+    gradient = empty_gradient(student, target) if wanted else None
     power = 0.0
-    if wanted and student.dtype == torch.float16:
+    if gradient is not None and gradient.dtype == torch.float16:
         power = _power_of_two(options)
-    operands = student, teacher, target, gradient
+    operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
-        operands = tuple(_as_matrices(x, student.dim()) for x in operands)
+        operands = [_as_matrices(x, student.dim()) for x in operands]
     *tensors, filled = operands
-    loss = run(*tensors, _scaled(options, power) if power else options, filled)
+    loss: Tensor = run(*tensors, _scaled(options, power) if power else options, filled)
     if options.reduction in ("none", "terms"):
         leading = (4,) if options.reduction == "terms" else ()
         loss = loss.view(leading + index_shape(student.shape))
@@ -111,14 +119,16 @@ def _as_matrices(x: Tensor | None, dims: int) -> Tensor | None:
     return x[None] if dims == 1 else x.flatten(x.dim() + 2 - dims)
 
 
-def empty_gradient(student: Tensor) -> Tensor:
+def empty_gradient(student: Tensor, target: Tensor) -> Tensor:
     """In the student's order of dimensions if (N, C, R) is a view of that, else contiguous."""
-    gradient = torch.empty_like(student)
+    # Probabilities that add up to much more than 1 would overflow float16 times a power of two.
+    wide = student.dtype == torch.float16 and target.is_floating_point()
+    gradient = torch.empty_like(student, dtype=torch.float32 if wide else student.dtype)
     try:
         if student.dim() > 3:
             gradient.view(*student.shape[:2], math.prod(student.shape[2:]))
     except (RuntimeError, ValueError):  # ValueError: fake tensors
-        gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
+        gradient = torch.empty_like(gradient, memory_format=torch.contiguous_format)
     return gradient
 
 
@@ -154,6 +164,7 @@ class EagerLoss(Function):
     ) -> Tensor:
         loss, scale, gradient = form(student, teacher, target, True, options, backend.run)
         ctx.multiply_ = getattr(backend, "multiply_", eager.multiply_)
+        ctx.dtype = student.dtype
         ctx.save_for_backward(loss, scale, gradient)
         return loss
 
@@ -162,11 +173,10 @@ class EagerLoss(Function):
         loss, scale, gradient = ctx.saved_tensors
         refuse_batched(upstream)
         if torch.is_grad_enabled() or _shared(gradient):
-            result = multiplied(gradient, upstream, scale, loss)
+            gradient = multiplied(gradient, upstream, scale, loss)
         else:
-            result = gradient
-            ctx.multiply_(gradient, upstream if scale is None else upstream * scale)
-        return result, None, None, None, None
+            ctx.multiply_(gradient, factor_of(upstream, scale, loss))
+        return gradient.to(ctx.dtype), None, None, None, None
 
 
 # The references to a saved tensor in backward: autograd's and the one of Python. A saved-tensor
@@ -175,8 +185,10 @@ ONE_OWNER = 2
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def _shared(gradient: Tensor) -> bool:
-    return _graph_is_kept() or gradient._use_count() != ONE_OWNER
+def _shared(gradient: Any) -> bool:
+    """Return whether a saved gradient will be used again, so that it must not be written to."""
+    capturing = gradient.is_cuda and torch.cuda.is_current_stream_capturing()
+    return _graph_is_kept() or gradient._use_count() != ONE_OWNER or capturing
 
 
 class SavedGradients(Function):
@@ -213,15 +225,23 @@ class SavedGradients(Function):
             if observed or _shared(gradient):
                 gradient = multiplied(gradient, upstream, scale, loss)
             else:
-                eager.multiply_(gradient, upstream if scale.dim() else upstream * scale)
+                eager.multiply_(gradient, factor_of(upstream, scale, loss))
             results[i] = gradient.to(ctx.dtypes[i - 1])  # a gradient may be saved in float32
         return tuple(results)
+
+
+def factor_of(upstream: Tensor, scale: Tensor | None, loss: Tensor) -> Tensor:
+    """Return what multiplies the saved gradient: one number, or one for every element."""
+    if upstream.dim():
+        # The gradient of an ignored element is 0 whatever comes in, but 0 * NaN would be NaN.
+        upstream = upstream.masked_fill(loss == 0, 0)
+    return upstream if scale is None or scale.dim() else upstream * scale
 
 
 def multiplied(gradient: Tensor, upstream: Tensor, scale: Tensor | None, loss: Tensor) -> Tensor:
     """Return gradient * upstream * scale, rounded once; refuses to be differentiated."""
     with torch.no_grad():
-        factor = upstream if scale is None or scale.dim() else upstream * scale
+        factor = factor_of(upstream, scale, loss)
         # A factor without dimensions would be rounded to the gradient's dtype first.
         factor = factor.unsqueeze(min(1, gradient.dim() - 1)) if factor.dim() else factor[None]
         result = (gradient * factor).to(gradient.dtype)
@@ -262,9 +282,12 @@ def refuse_batched(upstream: Tensor) -> None:
         refuse_transforms()
 
 
-for boundary in (EagerLoss, SavedGradients, RefuseSecondDerivative):
-    boundary.jvp = staticmethod(refuse_transforms)
-    boundary.vmap = staticmethod(refuse_transforms)
+def refuse_transforms_of(*boundaries: Any) -> None:
+    for boundary in boundaries:
+        boundary.jvp = boundary.vmap = staticmethod(refuse_transforms)
+
+
+refuse_transforms_of(EagerLoss, SavedGradients, RefuseSecondDerivative)
 
 
 # --- the operator ---
@@ -304,9 +327,10 @@ def define(name: str, schema: str, run: Any, fake: Any, autograd: Any) -> None:
 
 
 def operator_forward(
-    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *options: Any
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
 ) -> tuple[Tensor, ...]:
-    run = backends.choose(student, teacher, target).run
+    *options, backend = others
+    run = backends.choose(student, teacher, target, backend).run
     return tensors_only(*form(student, teacher, target, wanted, Options(*options), run))
 
 
@@ -316,19 +340,20 @@ def tensors_only(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def fake_forward(
-    student: Tensor, teacher: Tensor, _: Tensor, wanted: bool, *options: Any
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 in (student.dtype, teacher.dtype)
-    shape = index_shape(student.shape)
-    if "terms" in options:
-        shape = (4, *shape)
-    elif "none" not in options:
-        shape = ()
+    reduction = Options(*options[: len(Options._fields)]).reduction
+    shape: tuple[int, ...] = ()
+    if reduction in ("none", "terms"):
+        leading = (4,) if reduction == "terms" else ()
+        shape = (*leading, *index_shape(student.shape))
     loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    gradient = empty_gradient(student, target) if wanted else None
     scale = None
-    if wanted and student.dtype == torch.float16:
+    if gradient is not None and gradient.dtype == torch.float16:
         scale = loss.new_empty((), dtype=torch.float32)
-    return tensors_only(loss, scale, empty_gradient(student) if wanted else None)
+    return tensors_only(loss, scale, gradient)
 
 
 def autograd_kernel(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -338,13 +363,14 @@ def autograd_kernel(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
         )
     student, teacher, target, wanted, *others = arguments
     wanted = wanted or (torch.is_grad_enabled() and student.requires_grad)
-    outputs = SavedGradients.apply(operator(), student, teacher, target, wanted, *others)
+    arguments = (student, teacher, target, wanted, *others)
+    outputs: tuple[Tensor, ...] = SavedGradients.apply(operator(), *arguments)
     return outputs
 
 
 define(
     "forward",
-    f"{ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    f'{ARGUMENTS}, str backend="auto") -> (Tensor, Tensor, Tensor)',
     operator_forward,
     fake_forward,
     partial(autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.default),

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
+UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 INT64_MAX = 2**63 - 1
 
 
@@ -32,11 +34,11 @@ def check_options(options: Options) -> Options:
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
     floats = type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float
     if not floats or type(ignore_index) is not int:
-        temperature = _number("temperature", temperature)
-        alpha = _number("alpha", alpha)
-        hard_weight = _number("hard_weight", hard_weight)
-        label_smoothing = _number("label_smoothing", label_smoothing)
-        ignore_index = _integer("ignore_index", ignore_index)
+        temperature = to_float("temperature", temperature)
+        alpha = to_float("alpha", alpha)
+        hard_weight = to_float("hard_weight", hard_weight)
+        label_smoothing = to_float("label_smoothing", label_smoothing)
+        ignore_index = to_int("ignore_index", ignore_index)
         options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
     in_float32 = (
         1e-37 < temperature < 1e38
@@ -45,9 +47,13 @@ def check_options(options: Options) -> Options:
         and alpha * temperature * temperature < 1e38
     )
     others = 0 <= label_smoothing <= 1 and -INT64_MAX <= ignore_index <= INT64_MAX
-    if in_float32 and others and reduction in ("mean", "sum", "none"):
+    if in_float32 and others and _is_reduction(reduction):
         return options
     raise ValueError(_out_of_range(options))
+
+
+def _is_reduction(value: Any) -> bool:
+    return isinstance(value, str) and value in ("mean", "sum", "none")
 
 
 def _out_of_range(options: Options) -> str:
@@ -59,7 +65,7 @@ def _out_of_range(options: Options) -> str:
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
         (abs(ignore_index) <= INT64_MAX, "ignore_index must fit into int64", ignore_index),
         (
-            reduction in ("mean", "sum", "none"),
+            _is_reduction(reduction),
             "reduction must be one of mean, sum, none",
             reduction,
         ),
@@ -70,21 +76,24 @@ def _out_of_range(options: Options) -> str:
     return f"{expected}, got {temperature!r}, {alpha!r} and {hard_weight!r}"
 
 
-def _number(name: str, value: Any) -> float:
+def to_float(name: str, value: Any) -> float:
     """Return `value` as a float: of an int, a Fraction, a NumPy scalar or a 0-dim CPU tensor."""
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
-    return _converted(name, value, "a number", float)
+    number: float = _converted(name, value, "a number", float)
+    return number
 
 
-def _integer(name: str, value: Any) -> int:
+def to_int(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    return _converted(name, value, "an int", operator.index)
+    number: int = _converted(name, value, "an int", operator.index)
+    return number
 
 
 def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:
-    legal = not isinstance(value, (bool, str, bytes))
+    boolean = str(getattr(value, "dtype", type(value))).removeprefix("torch.")
+    legal = boolean != "bool" and not isinstance(value, (bool, str, bytes))
     if torch.compiler.is_compiling() and hasattr(value, "dtype"):
         kind = type(value).__name__
         raise ValueError(f"{name} must be {expected} of Python in compiled code, got a {kind}")
@@ -94,7 +103,7 @@ def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:
     try:
         if legal:
             return convert(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: complex tensors
         pass
     raise ValueError(f"{name} must be {expected}, got {value!r}")
 
@@ -149,7 +158,7 @@ def _check_target(target: Tensor, shape: torch.Size) -> None:
     if target.dtype in DTYPES:
         kind = "class probabilities (floating point) must have the shape of the logits"
         expected = shape
-    elif target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    elif target.dtype not in SIGNED + UNSIGNED:
         raise TypeError(
             "target must hold class indices (an integer dtype) or class probabilities "
             f"(float16, bfloat16, float32 or float64), got {target.dtype}"
@@ -202,8 +211,8 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
 
 
 def signed(target: Tensor) -> Tensor:
-    """Return index targets whose values int64 holds: a larger uint64 becomes the largest int64."""
+    """Return index targets whose values int64 holds; a larger uint64 names no class there."""
     if target.dtype != torch.uint64:
         return target
     label = target.long()
-    return label.where(label >= 0, INT64_MAX)
+    return label.where(label >= 0, -INT64_MAX - 1)  # no legal ignore_index

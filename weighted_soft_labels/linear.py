@@ -20,11 +20,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
     Options,
-    _number,
     check_kind,
     check_options,
     in_memory,
     signed,
+    to_float,
 )
 from weighted_soft_labels.backends import eager
 
@@ -175,7 +175,7 @@ def check_settings(settings: Settings, target: Tensor) -> Settings:
 
 
 def _positive(name: str, value: Any) -> float:
-    number = _number(name, value)
+    number = to_float(name, value)
     if not 0 < number < math.inf:
         raise ValueError(f"{name} must be finite and > 0, got {value!r}")
     return number

@@ -1,4 +1,4 @@
-"""The public loss: one function and one module. See `_operator` for what they call."""
+"""The public loss: one function and one module. `_operator` computes it."""
 
 from __future__ import annotations
 
@@ -24,56 +24,62 @@ def wsl_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Weighted Soft Labels distillation loss: hard cross-entropy plus a soft term weighted sample by sample.
+    r"""Weighted Soft Labels distillation loss: hard cross-entropy plus a weighted soft term.
 
-    For every element (a row of class scores ``s``, ``t`` and a label ``y``)::
+    For every element, a row of class scores s and t with a label y::
 
-        ce_s   = CE(s, y)                ce_t = CE(t, y)           at temperature 1
-        weight = 1 - exp(-ce_s / (ce_t + 1e-7))                    a constant for differentiation
-        soft   = -sum_c softmax(t / T)_c * log_softmax(s / T)_c
-        loss   = hard_weight * CE(s, y) + alpha * T^2 * weight * soft
+        student_ce = CE(s, y)                teacher_ce = CE(t, y)         at temperature 1
+        weight     = 1 - exp(-student_ce / (teacher_ce + 1e-7))            a constant
+        soft       = -sum_c softmax(t / T)_c * log_softmax(s / T)_c
+        loss       = hard_weight * student_ce + alpha * T^2 * weight * soft
 
-    The gradient goes to ``student_logits`` alone; teacher and target are constants.
+    The gradient goes to `student_logits` alone: weight, teacher and target are constants. The
+    forward pass forms the gradient, so the inputs may change afterwards. One label, or one
+    probability distribution, per element: multi-label targets (BCE) are not supported.
 
     Args:
-        student_logits: Unnormalised scores, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` with any strides;
-            float16, bfloat16, float32 or float64. ``-inf`` masks a class.
+        student_logits: Unnormalised scores, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` with
+            any strides; float16, bfloat16, float32 or float64. ``-inf`` masks a class.
         teacher_logits: Same shape and device; the dtype may differ.
-        target: Class indices in [0, C) of any integer dtype, shaped like the logits without the class dimension,
-            or class probabilities, floating point and shaped like the logits (mixup, cutmix), for which
-            ``CE(x, q) = -sum_c q_c log_softmax(x)_c``.
-        temperature: T > 0, any float. Default 2, the official ImageNet script's; the paper's CIFAR-100 runs use 4.
-        alpha: Scale >= 0 of the soft term. Default 2.5, the official ImageNet script's; CIFAR-100: 2.25.
+        target: Class indices in [0, C), any integer dtype, shaped like the logits without the class
+            dimension; or class probabilities (mixup, cutmix), floating point, shaped like the
+            logits, with ``CE(x, q) = -sum_c q_c * log_softmax(x)_c``.
+        temperature: T > 0; above 1000 the gradient loses digits in proportion to T. Default 2, from
+            the official ImageNet script; the paper's CIFAR-100 runs use 4.
+        alpha: Scale >= 0 of the soft term. Default 2.5, from the same script; CIFAR-100: 2.25.
         hard_weight: Scale >= 0 of the hard term. Default 1; 0 leaves the soft term alone.
-        label_smoothing: In [0, 1], default 0; enters the hard term alone, never the weight.
-        ignore_index: An element with this index target has loss 0 and gradient 0, whatever its logits hold, and
-            does not count in the mean. Default -100. No meaning for probabilities.
-        reduction: ``"mean"`` over the elements that are not ignored (default), ``"sum"`` or ``"none"``.
+        label_smoothing: In [0, 1], default 0; for the hard term alone, never in the weight.
+        ignore_index: Elements with this index target have loss 0 and gradient 0, whatever their
+            logits are, and do not count in the mean. Default -100. Not used for probabilities.
+        reduction: ``"mean"`` over the elements that are not ignored (default), ``"sum"`` or
+            ``"none"``.
 
     Returns:
-        A scalar, or for ``"none"`` a tensor shaped like an index target. float32, or float64 if either set of
-        logits is float64; that is also the precision of the computation. The mean of nothing is NaN.
+        A scalar, or for ``"none"`` a tensor shaped like an index target. The loss is computed in
+        float32, or in float64 if either set of logits is float64, and has that dtype. The mean over
+        no element is NaN.
 
     Raises:
         TypeError: An argument is not a tensor, or its dtype is not one of the above.
         ValueError: Shapes or devices do not fit together, or an option is out of range.
-        IndexError: On a CPU, an index target names no class. On a GPU, where looking would mean waiting, the loss
-            of that element is NaN.
-        RuntimeError, NotImplementedError: The gradient is differentiated again; vmap or forward-mode AD is at
-            work. ``weighted_soft_labels.reference`` supports them.
+        IndexError: On a CPU, an index target names no class. On a GPU an index that names no class
+            gives NaN for its element, because a check would wait for the GPU.
+        RuntimeError: A second derivative is taken; ``weighted_soft_labels.reference`` has them.
+        NotImplementedError: vmap or forward-mode AD is used; the reference supports them.
 
     Source:
-        Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff Perspective",
-        ICLR 2021, arXiv 2102.00650, and its official code. Differences from that code: the cross-entropies in the
-        weight keep their digits however confident the teacher is (the official float32 code is off by 0.1 and more);
-        a term with scale 0 is left out; any shape, dtype, class count and target kind.
+        Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
+        Perspective", ICLR 2021, arXiv 2102.00650, and its official code. Differences from that
+        code: the weight keeps its digits for confident teachers, for which float32 code is off by
+        0.1 and more; a term with scale 0 is omitted; any shape, dtype, class count and target.
 
     Example:
         >>> import torch
         >>> from weighted_soft_labels import wsl_loss
         >>> student_logits = torch.tensor([[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]], requires_grad=True)
         >>> teacher_logits = torch.tensor([[3.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
-        >>> loss = wsl_loss(student_logits, teacher_logits, torch.tensor([0, 1]), temperature=4.0, alpha=2.25)
+        >>> target = torch.tensor([0, 1])
+        >>> loss = wsl_loss(student_logits, teacher_logits, target, temperature=4.0, alpha=2.25)
         >>> loss.backward()
         >>> print(f"{loss.item():.4f}")
         24.7993
@@ -86,17 +92,20 @@ def wsl_loss(
 
 
 class WSLLoss(nn.Module):
-    """:func:`wsl_loss` as a module: the options are checked here, once and early.
+    """:func:`wsl_loss` as a module, which checks the options when it is made.
 
-    Args, shapes, errors and source: see :func:`wsl_loss`. It has no parameters, no buffers and an empty state dict.
+    Arguments, shapes, errors and source: see :func:`wsl_loss`. The module has no parameters and no
+    buffers.
 
     Example:
         >>> import torch
         >>> from weighted_soft_labels import WSLLoss
         >>> criterion = WSLLoss(temperature=4.0, alpha=2.25)
-        >>> criterion
-        WSLLoss(temperature=4.0, alpha=2.25, hard_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction='mean')
-        >>> loss = criterion(torch.zeros(8, 10), torch.zeros(8, 10), torch.zeros(8, dtype=torch.long))
+        >>> criterion  # doctest: +NORMALIZE_WHITESPACE
+        WSLLoss(temperature=4.0, alpha=2.25, hard_weight=1.0, label_smoothing=0.0,
+                ignore_index=-100, reduction='mean')
+        >>> target = torch.zeros(8, dtype=torch.long)
+        >>> loss = criterion(torch.zeros(8, 10), torch.zeros(8, 10), target)
     """
 
     def __init__(
@@ -118,7 +127,7 @@ class WSLLoss(nn.Module):
         return {name: getattr(self, name) for name in Options._fields}
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, target: Tensor) -> Tensor:
-        """The loss of a batch; see :func:`wsl_loss`."""
+        """Return the loss; see :func:`wsl_loss`."""
         return wsl_loss(student_logits, teacher_logits, target, **self._options())
 
     def extra_repr(self) -> str:

@@ -123,23 +123,19 @@ def checked(name: str | None, check: Callable[..., Any], *arguments: Any) -> Any
         on_gpu = any(isinstance(x, Tensor) and x.is_cuda for x in arguments)
         if name is not None and not on_gpu and not torch.compiler.is_compiling():
             with suppress(RuntimeError):  # the group has no backend for CPUs, or lost a process
-                _exchange(name, torch.empty(0, device="cpu"), failed=1)
+                _exchange(name, torch.empty(0, device="cpu"), [True])
         raise
 
 
-FACTS = ("failed", "rows", "student", "teacher", "code", "least", "most")
-
-
-def _exchange(name: str, like: Tensor, **facts: int) -> tuple[dist.ProcessGroup, Tensor]:
-    """Return the group, and the facts of all its processes, (processes, facts)."""
+def _exchange(name: str, like: Tensor, facts: Any) -> tuple[dist.ProcessGroup, Tensor]:
+    """Return the group, and the facts of all its processes, (processes, 7)."""
     resolve: Any = dist.distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
     group = resolve(name)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    sizes = torch.zeros((size, len(FACTS)), dtype=torch.int64, device=like.device)
-    for fact, number in facts.items():
-        sizes[rank, FACTS.index(fact)].fill_(number)  # waits for no GPU, unlike a tensor's copy
-    dist.all_reduce(sizes, group=group)
-    return group, sizes
+    table = torch.zeros((dist.get_world_size(group), 7), dtype=torch.int64, device=like.device)
+    for place, fact in zip(table[dist.get_rank(group)], facts):
+        place.fill_(fact)  # waits for no GPU, unlike a tensor's copy
+    dist.all_reduce(table, group=group)
+    return group, table
 
 
 def join(
@@ -159,24 +155,24 @@ def join(
     kept = target[target != ignore_index] if on_cpu else target[:0]
     bounds = (int(kept.min()), int(kept.max())) if len(kept) else (0, 0)
     code = zlib.crc32(repr(agreed).encode())
-    facts = len(target), *classes, code, *bounds
-    group, sizes = _exchange(name, target, **dict(zip(FACTS[1:], facts)))
+    facts = False, len(target), *classes, code, *bounds
+    group, table = _exchange(name, target, facts)
+    _, rows, of_student, of_teacher, codes, _, _ = table.unbind(1)
     rank = dist.get_rank(group)
     largest = 2**13  # to read the sizes would be to wait for the GPU
     if on_cpu:
-        _check_sizes(sizes.tolist(), rank, agreed)
-        eager.count(target, int(sizes[:, 2].sum()), ignore_index)
-        largest = int(sizes[:, 2].max())
-    # Slices: a list of columns would be copied to the GPU, and wait for it.
-    same = (sizes == sizes[0])[:, 1:5:3].all() & (sizes[:, 2] == sizes[:, 3]).all()
+        _check_table(table.tolist(), rank, agreed)
+        eager.count(target, int(of_student.sum()), ignore_index)
+        largest = int(of_student.max())
+    same = (rows == rows[0]) & (codes == codes[0]) & (of_student == of_teacher)
     all_reduce = partial(dist.all_reduce, group=group)
-    shard = eager.Shard(rank, sizes[:, 2:3], sizes[:rank, 2].sum(), same, all_reduce)
+    shard = eager.Shard(rank, len(table), of_student[:rank].sum(), same.all(), all_reduce)
     return shard, largest
 
 
-def _check_sizes(sizes: list[list[int]], rank: int, agreed: object) -> None:
+def _check_table(table: list[list[int]], rank: int, agreed: object) -> None:
     """Raise where the facts of the processes do not fit together, on all of them alike."""
-    failed, rows, of_student, of_teacher, codes, least, most = map(list, zip(*sizes))
+    failed, rows, of_student, of_teacher, codes, least, most = zip(*table)
     where = [i for i, error in enumerate(failed) if error]
     if where:
         raise RuntimeError(f"process {where} of the group raised an error, which stands there")
@@ -184,7 +180,7 @@ def _check_sizes(sizes: list[list[int]], rank: int, agreed: object) -> None:
         raise ValueError(
             "all processes must hold the same rows, and each the same classes of student and "
             "teacher, at least one together (pad, slice and shard both vocabularies alike), "
-            f"got {rows} rows, {of_student} and {of_teacher} classes"
+            f"got {[*rows]} rows, {[*of_student]} and {[*of_teacher]} classes"
         )
     where = [i for i, code in enumerate(codes) if code != codes[0]]
     if where:
@@ -204,9 +200,9 @@ def _check_sizes(sizes: list[list[int]], rank: int, agreed: object) -> None:
 def _forward(
     student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
 ) -> tuple[Tensor, ...]:
-    *values, name = others
-    options = Options(*values)
-    student, teacher, target = checked(name, _in_memory, student, teacher, target)
+    options, name = Options(*others[:-1]), others[-1]
+    tensors = {"student_logits": student, "teacher_logits": teacher, "target": target}
+    student, teacher, target = [checked(name, in_memory, *item) for item in tensors.items()]
     classes = student.shape[1], teacher.shape[1]
     agreed = options, student.dtype, teacher.dtype
     shard, _ = join(name, signed(target), classes, options.ignore_index, agreed)
@@ -214,19 +210,10 @@ def _forward(
     return _operator.tensors_only(*_operator.form(student, teacher, target, wanted, options, run))
 
 
-def _in_memory(*tensors: Tensor) -> list[Tensor]:
-    names = "student_logits", "teacher_logits", "target"
-    return [in_memory(name, x) for name, x in zip(names, tensors)]
-
-
-def _fake(*arguments: Any) -> tuple[Tensor, ...]:
-    return _operator.fake_forward(*arguments[:-1])
-
-
 _operator.define(
     "forward.sharded",
     f"{_operator.ARGUMENTS}, str group) -> (Tensor, Tensor, Tensor)",
     _forward,
-    _fake,
+    _operator.fake_forward,
     partial(_operator.autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.sharded),
 )

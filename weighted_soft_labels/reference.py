@@ -1,7 +1,7 @@
-"""The paper in plain differentiable PyTorch: one line an equation, for proof rather than speed.
+"""The paper's equations in differentiable PyTorch, one per line: for proof, not for speed.
 
-Shares no code with the optimized loss that it judges. Differentiable any number of times, works in the
-dtype that it is given (use float64 to judge others), and needs about ten times the memory of ``wsl_loss``.
+The optimized loss shares no code with this module. The computation is in the dtype of the student's
+logits: pass float64 to judge other code. It takes about ten times the memory of `wsl_loss`.
 """
 
 from __future__ import annotations
@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 __all__ = ["wsl_loss"]
-
-
-def _expectation(probability: Tensor, value: Tensor, dim: int) -> Tensor:
-    """``sum_c probability_c * value_c``, where a class without probability counts 0 even if its value is infinite."""
-    return torch.where(probability == 0, 0.0, probability * value).sum(dim)
 
 
 def wsl_loss(
@@ -29,70 +24,72 @@ def wsl_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """The Weighted Soft Labels loss, transcribed equation by equation.
+    """Weighted Soft Labels loss, transcribed equation by equation.
 
-    Same meaning, arguments and shapes as :func:`weighted_soft_labels.wsl_loss`, without its input checks.
-    Unlike it, this function supports double backward (``create_graph=True``) and ``torch.func.vmap``.
+    The same loss as :func:`weighted_soft_labels.wsl_loss`, without its checks. This form supports
+    second derivatives (``create_graph=True``), ``torch.func.vmap`` and forward-mode AD.
 
     Args:
-        student_logits: ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)``, floating point.
-        teacher_logits: Same shape; converted to the dtype of the student.
-        target: Class indices (the logits' shape without the class dimension) or class probabilities
-            (the logits' shape).
-        temperature: Softmax temperature of the soft term, > 0.
-        alpha: Scale of the soft term, >= 0.
-        hard_weight: Scale of the hard term, >= 0.
-        label_smoothing: Of the hard term alone, in [0, 1].
-        ignore_index: Index targets with this value take no part.
-        reduction: ``"mean"`` (over the elements that are not ignored), ``"sum"`` or ``"none"``.
+        As :func:`weighted_soft_labels.wsl_loss`. The teacher's logits and class probabilities are
+        converted to the dtype of the student's logits.
 
     Returns:
-        A scalar, or for ``reduction="none"`` a tensor shaped like an index target, in the student's dtype.
+        A scalar, or for reduction "none" a tensor shaped like an index target, in that dtype.
 
     Source:
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
-        Perspective", ICLR 2021, and its official code. Differences from that code: any shape and target
-        kind; a term whose scale is 0 is left out (so 0 never meets inf); an element on which the student
-        gives no chance to a class that has teacher mass costs +inf whatever its weight.
+        Perspective", ICLR 2021, and its official code. Differences from that code: any shape and
+        kind of target; a term with scale 0 is omitted, so that 0 never meets inf; the loss is inf
+        if the student rules out a class that the teacher does not, even if the weight is 0.
+
+    Example:
+        >>> import torch
+        >>> from weighted_soft_labels import reference
+        >>> student_logits = torch.tensor([[1.0, 0.0, -1.0]], dtype=torch.float64)
+        >>> teacher_logits = torch.tensor([[3.0, 0.0, -1.0]], dtype=torch.float64)
+        >>> print(f"{reference.wsl_loss(student_logits, teacher_logits, torch.tensor([0])):.4f}")
+        9.0101
     """
-    dim = 0 if student_logits.dim() == 1 else 1
-    classes = student_logits.shape[dim]
-    teacher_logits = teacher_logits.detach().to(student_logits.dtype)
+    dim = min(1, student_logits.dim() - 1)
+    dtype, classes = student_logits.dtype, student_logits.shape[dim]
+    teacher_logits = teacher_logits.detach().to(dtype)
 
     if target.is_floating_point():
-        kept = torch.ones_like(student_logits.select(dim, 0), dtype=torch.bool)
-        label = target.detach().to(student_logits.dtype)
+        counted = torch.ones_like(student_logits.select(dim, 0), dtype=torch.bool)
+        q = target.detach().to(dtype)
     else:
-        kept = target.long() != ignore_index
-        index = torch.arange(classes, device=target.device).view(
-            -1, *[1] * (student_logits.dim() - dim - 1)
-        )
-        label = (target.long().where(kept, 0).unsqueeze(dim) == index).to(student_logits.dtype)
-    student_logits = student_logits.where(kept.unsqueeze(dim), 0)
-    teacher_logits = teacher_logits.where(kept.unsqueeze(dim), 0)
+        counted = target.long() != ignore_index
+        label = target.long().where(counted, 0)
+        one_hot = label.unsqueeze(-1) == torch.arange(classes, device=target.device)
+        q = one_hot.movedim(-1, dim).to(dtype)
+    student_logits = student_logits.where(counted.unsqueeze(dim), 0)
+    teacher_logits = teacher_logits.where(counted.unsqueeze(dim), 0)
 
     log_p_student = student_logits.log_softmax(dim)
     log_p_teacher = teacher_logits.log_softmax(dim)
     log_soft_student = (student_logits / temperature).log_softmax(dim)
     soft_teacher = (teacher_logits / temperature).softmax(dim)
-    smoothed = label * (1 - label_smoothing) + label_smoothing / classes
+    smoothed_q = q * (1 - label_smoothing) + label_smoothing / classes
 
-    student_ce = -_expectation(label, log_p_student, dim).detach()
-    teacher_ce = -_expectation(label, log_p_teacher, dim)
-    weight = torch.where(
-        student_ce.isposinf(), 1.0, -torch.expm1(-student_ce / (teacher_ce + 1e-7))
-    )
+    student_ce = -_expectation(q, log_p_student, dim).detach()
+    teacher_ce = -_expectation(q, log_p_teacher, dim)
+    weight = -torch.expm1(-student_ce / (teacher_ce + 1e-7))
+    weight = weight.masked_fill(student_ce.isposinf(), 1)  # inf / inf is NaN
     soft = -_expectation(soft_teacher, log_soft_student, dim)
-    hard = -_expectation(smoothed, log_p_student, dim)
+    weighted = (weight * soft).masked_fill((weight == 0) & soft.isposinf(), torch.inf)  # 0 * inf
+    hard = -_expectation(smoothed_q, log_p_student, dim)
 
     loss = torch.zeros_like(hard)
     if hard_weight:
         loss = loss + hard_weight * hard
     if alpha:
-        loss = loss + alpha * temperature**2 * torch.where(
-            (weight == 0) & soft.isposinf(), torch.inf, weight * soft
-        )
-    loss = loss.where(kept, 0)
+        loss = loss + alpha * temperature**2 * weighted
+    loss = loss.where(counted, 0)
     if reduction == "mean":
-        return loss.sum() / kept.sum()
+        return loss.sum() / counted.sum()
     return loss.sum() if reduction == "sum" else loss
+
+
+def _expectation(probability: Tensor, value: Tensor, dim: int) -> Tensor:
+    """Return ``sum_c probability_c * value_c``, in which 0 * inf is 0."""
+    return torch.where(probability == 0, 0.0, probability * value).sum(dim)

@@ -1,8 +1,9 @@
-"""WSL as a loss of torchdistill, and its teacher in eval mode, which torchdistill leaves to the user.
+"""WSL as a loss of torchdistill, with the teacher in eval mode.
 
     pip install "weighted-soft-labels[frameworks]"
 
-A torchdistill configuration imports this module under `dependencies`, which registers the names it then uses:
+A torchdistill configuration imports this module under `dependencies`. The import registers the
+names 'forward_in_eval_mode' and 'WSL':
 
     dependencies:
       - name: 'wsl_torchdistill'
@@ -22,12 +23,13 @@ A torchdistill configuration imports this module under `dependencies`, which reg
                   alpha: 2.25
               weight: 1.0
 
-wsl_torchdistill.yaml beside this file is a whole configuration, with the paper's settings for CIFAR-100. WSL contains
-the cross-entropy with the labels, so it needs no sub-term for that.
+wsl_torchdistill.yaml in this folder is a whole configuration, with the paper's settings for
+CIFAR-100. WSL contains the cross-entropy with the labels, so no other sub-term is needed.
 
-torchdistill's DistillationBox never calls `teacher.eval()`. With `forward_batch_only` the teacher normalises by the
-statistics of each batch, applies its dropout, and every step moves its running statistics, `requires_grad: False` or
-not. A loss sees logits alone and cannot tell, so take over both lines of `teacher`.
+Copy both lines of `teacher`. torchdistill's DistillationBox never calls `teacher.eval()`. With
+`forward_batch_only` the teacher would use the statistics of each batch and its dropout, and every
+step would change its running statistics, also with `requires_grad: False`. A loss sees the logits
+alone and cannot notice.
 """
 
 from __future__ import annotations
@@ -50,17 +52,18 @@ IoDict = Mapping[str, Mapping[str, Any]]  # module path, then 'input' or 'output
 
 @register_mid_level_loss
 class WSL(WSLLoss):
-    """:class:`weighted_soft_labels.WSLLoss` of what torchdistill recorded of the student and the teacher.
+    """:class:`weighted_soft_labels.WSLLoss` of the outputs that torchdistill recorded.
 
     Args:
-        student_module_path: Module whose input or output holds the logits; '.', the default, is the model itself.
-            Any other has to be listed under `forward_hook` of the student.
+        student_module_path: Module whose input or output holds the logits. The default '.' is the
+            model itself. List any other module under `forward_hook` of the student.
         student_module_io: 'input' or 'output' of that module.
         teacher_module_path, teacher_module_io: The same for the teacher.
-        student_output_key: Where the logits are if they come in a dict, such as 'out' for torchvision's segmentation
-            models and 'logits' for Hugging Face's.
+        student_output_key: Key of the logits if the output is a dict, such as 'out' for
+            torchvision's segmentation models and 'logits' for Hugging Face's models.
         teacher_output_key: The same for the teacher.
-        options: Those of WSLLoss: temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction.
+        options: Options of WSLLoss: temperature, alpha, hard_weight, label_smoothing,
+            ignore_index, reduction.
     """
 
     def __init__(
@@ -74,12 +77,8 @@ class WSL(WSLLoss):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        for name, io in (
-            ("student_module_io", student_module_io),
-            ("teacher_module_io", teacher_module_io),
-        ):
-            if io not in ("input", "output"):
-                raise ValueError(f"{name} must be 'input' or 'output', got {io!r}")
+        check_io("student_module_io", student_module_io)
+        check_io("teacher_module_io", teacher_module_io)
         self.student_source = (student_module_path, student_module_io, student_output_key)
         self.teacher_source = (teacher_module_path, teacher_module_io, teacher_output_key)
 
@@ -93,12 +92,17 @@ class WSL(WSLLoss):
     ) -> Tensor:
         if targets is None:
             raise ValueError(
-                "WSL needs targets, as its weight compares student and teacher on the labels, got None: "
-                "the training loop has to pass them to forward_process"
+                "WSL needs targets, because the weight depends on the labels, got None: "
+                "pass targets to forward_process in the training loop"
             )
         student_logits = find_logits("student", student_io_dict, *self.student_source)
         teacher_logits = find_logits("teacher", teacher_io_dict, *self.teacher_source)
         return super().forward(student_logits, teacher_logits, targets)
+
+
+def check_io(name: str, io: str) -> None:
+    if io not in ("input", "output"):
+        raise ValueError(f"{name} must be 'input' or 'output', got {io!r}")
 
 
 def find_logits(model: str, io_dict: IoDict, path: str, io: str, key: str | None) -> Tensor:
@@ -113,12 +117,13 @@ def find_logits(model: str, io_dict: IoDict, path: str, io: str, key: str | None
         if key not in logits:
             keys = ", ".join(map(repr, logits))
             raise ValueError(
-                f"the {model}'s {io} is a dict: {model}_output_key must be one of {keys}, got {key!r}"
+                f"the {model}'s {io} is a dict: "
+                f"{model}_output_key must be one of {keys}, got {key!r}"
             )
         return logits[key]
     if key is not None:
         raise ValueError(
-            f"the {model}'s {io} is no dict: {model}_output_key must be None, got {key!r}"
+            f"the {model}'s {io} is not a dict: {model}_output_key must be None, got {key!r}"
         )
     return logits
 
@@ -127,15 +132,15 @@ def find_logits(model: str, io_dict: IoDict, path: str, io: str, key: str | None
 def forward_in_eval_mode(
     model: nn.Module, sample_batch: Any, targets: Any = None, supp_dict: Any = None, **kwargs: Any
 ) -> Any:
-    """torchdistill's `forward_batch_only` for a teacher that is not trained."""
+    """`forward_batch_only` of torchdistill, for a teacher that is not trained."""
     if model.training:
-        logger.info("The teacher was in training mode, now it is in eval mode")
+        logger.info("Switching the teacher to eval mode")
         model.eval()
     return model(sample_batch)
 
 
 def existing_file(path: str) -> str:
-    """The path, for `src_ckpt`: if no file is there, torchdistill itself goes on with random weights."""
+    """The path, for `src_ckpt`. Without this check torchdistill uses random weights instead."""
     if not os.path.isfile(path):
         raise FileNotFoundError(
             f"src_ckpt must be a checkpoint of the teacher, but there is no file {path!r}"

@@ -1,25 +1,28 @@
-"""Weighted Soft Labels with the Hugging Face Trainer; as a script, a small example on scikit-learn's digits.
+"""Weighted Soft Labels with the Hugging Face Trainer; as a script, an example on digits.
 
     pip install "weighted-soft-labels[frameworks]"
-    python wsl_trainer.py                                  # downloads nothing
+    python wsl_trainer.py                                  # downloads no data and no models
     python wsl_trainer.py --alpha 0                        # the student alone: cross-entropy
     torchrun --nproc-per-node 2 wsl_trainer.py
 
-Copy :class:`WSLTrainer` and its two checks; it takes any sequence or token classifier of transformers.
+Copy :class:`WSLTrainer` and its two checks. It takes any sequence or token classifier of
+transformers.
 
     trainer = WSLTrainer(student, args, teacher=teacher, train_dataset=...)
     trainer.train()
 
-For tokens, label what is not to count with -100, as DataCollatorForTokenClassification does with padding. The teacher
-is put into eval mode and onto the device; it is neither trained nor wrapped nor saved. The loss is the sum over the
-labels that count, divided by their number in the whole batch, however many accumulated parts and processes share it;
-for that, leave average_tokens_across_devices at its default.
+Label tokens that must not count with -100, as DataCollatorForTokenClassification does with padding.
+The teacher moves to the device, in eval mode. It is neither trained nor wrapped nor saved.
 
-With several processes the Trainer fills the last batch of an epoch with examples of the first unless
-accelerator_config={"even_batches": False}, and it leaves NaN out of the loss that it logs unless
-logging_nan_inf_filter=False.
+The loss is the sum over the labels that count, divided by their number in the whole batch, however
+many accumulated parts and processes share the batch. This needs average_tokens_across_devices at
+its default.
 
-The example shows that the code works, not what it is good for.
+With several processes the Trainer fills the last batch of an epoch with examples of the first one,
+unless accelerator_config={"even_batches": False}. The Trainer omits NaN from the loss that it logs,
+unless logging_nan_inf_filter=False.
+
+The example shows that the code works. Its accuracies say little about WSL.
 """
 
 from __future__ import annotations
@@ -44,11 +47,11 @@ from transformers import (
 
 from weighted_soft_labels import WSLLoss
 
-# Distillation: what to lift into a project of your own --------------------------------------------------------------
+# Distillation: the part to copy into your project -------------------------------------------------
 
 
 class WSLTrainer(Trainer):
-    """A Trainer whose loss is WSL with `teacher`. `label_smoothing_factor` smooths the hard term."""
+    """A Trainer with the WSL loss. `label_smoothing_factor` smooths the labels of the hard term."""
 
     def __init__(
         self,
@@ -62,72 +65,78 @@ class WSLTrainer(Trainer):
         super().__init__(*args, compute_loss_func=self.wsl, **kwargs)
         check_pair(self.model, teacher, self.args)
         self.teacher = teacher.eval().to(self.args.device)
-        options = {"temperature": temperature, "alpha": alpha, "hard_weight": hard_weight}
         self.loss = WSLLoss(
-            **options, label_smoothing=self.args.label_smoothing_factor, reduction="sum"
+            temperature=temperature,
+            alpha=alpha,
+            hard_weight=hard_weight,
+            label_smoothing=self.args.label_smoothing_factor,
+            reduction="sum",
         )
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
         check_batch(self.teacher, inputs)
+        teacher_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         with torch.inference_mode(), self.accelerator.autocast():
-            self.teacher_logits = self.teacher(
-                **{k: v for k, v in inputs.items() if k != "labels"}
-            ).logits
+            self.teacher_logits = self.teacher(**teacher_inputs).logits
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def wsl(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        # The transposes make a view (batch, classes, length) of the logits of tokens, and leave those of sequences.
-        loss = self.loss(
-            outputs.logits.transpose(1, -1), self.teacher_logits.transpose(1, -1), labels
-        )
-        # The Trainer multiplies by n_gpu, as if DataParallel's outputs were one replica's; they are those of all.
-        items = (
-            (labels != -100).sum()
-            if num_items_in_batch is None
-            else num_items_in_batch * max(1, self.args.n_gpu)
-        )
-        return loss / items
+        # (batch, length, classes) of tokens becomes (batch, classes, length). The logits of
+        # sequences, (batch, classes), stay the same.
+        student_logits = outputs.logits.transpose(1, -1)
+        teacher_logits = self.teacher_logits.transpose(1, -1)
+        loss = self.loss(student_logits, teacher_logits, labels)
+        if num_items_in_batch is None:
+            return loss / (labels != -100).sum()
+        # The Trainer multiplies the loss by n_gpu. The outputs here are those of all replicas.
+        return loss / (num_items_in_batch * max(1, self.args.n_gpu))
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments) -> None:
-    """Refuse models that cannot be distilled, or only into nonsense."""
-    for name, model in (("model", student), ("teacher", teacher)):
-        if not hasattr(model, "config"):
-            raise TypeError(f"{name} must be a model of transformers, got {type(model).__name__}")
-        if model.can_generate():
-            raise ValueError(
-                f"{name} must be a sequence or token classifier, got the generator {type(model).__name__}"
-            )
-        count, kind = model.config.num_labels, model.config.problem_type
-        if count == 1 or kind in ("regression", "multi_label_classification"):
-            raise ValueError(
-                f"{name} must choose one of several labels, got num_labels = {count} and problem_type = {kind!r}"
-            )
+    """Refuse models that cannot be distilled, or whose labels do not mean the same."""
+    check_classifier("model", student)
+    check_classifier("teacher", teacher)
     for option in ("num_labels", "vocab_size"):
-        sizes = [getattr(model.config, option, None) for model in (student, teacher)]
-        if sizes[0] != sizes[1]:
+        ours, theirs = getattr(student.config, option, None), getattr(teacher.config, option, None)
+        if ours != theirs:
             raise ValueError(
-                f"model and teacher must have the same {option}, got {sizes[0]} and {sizes[1]}"
+                f"model and teacher must have the same {option}, got {ours} and {theirs}"
             )
-    orders = [
-        [str(label).lower() for _, label in sorted(m.config.id2label.items())]
-        for m in (student, teacher)
-    ]
-    if orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]):
+    ours, theirs = label_names(student), label_names(teacher)
+    if ours != theirs and sorted(ours) == sorted(theirs):
         raise ValueError(
-            f"model and teacher must have their labels in the same order, got {orders[0]} and {orders[1]}"
+            f"model and teacher must have their labels in the same order, got {ours} and {theirs}"
         )
-    reads_types = [
-        "token_type_ids" in inspect.signature(model.forward).parameters
-        for model in (student, teacher)
-    ]
-    if args.remove_unused_columns and reads_types == [False, True]:
+    if args.remove_unused_columns and reads_types(teacher) and not reads_types(student):
         raise ValueError(
-            f"the Trainer would drop token_type_ids, which the teacher reads and {type(student).__name__} does not: "
+            f"the Trainer would drop token_type_ids, which the teacher reads and "
+            f"{type(student).__name__} does not: "
             "pass remove_unused_columns=False to TrainingArguments"
         )
+
+
+def check_classifier(name: str, model: PreTrainedModel) -> None:
+    kind = type(model).__name__
+    if not hasattr(model, "config"):
+        raise TypeError(f"{name} must be a model of transformers, got {kind}")
+    if model.can_generate():
+        raise ValueError(f"{name} must be a sequence or token classifier, got the generator {kind}")
+    count, problem = model.config.num_labels, model.config.problem_type
+    if count == 1 or problem in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"{name} must choose one of several labels, "
+            f"got num_labels = {count} and problem_type = {problem!r}"
+        )
+
+
+def label_names(model: PreTrainedModel) -> list[str]:
+    return [str(label).lower() for _, label in sorted(model.config.id2label.items())]
+
+
+def reads_types(model: PreTrainedModel) -> bool:
+    return "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def check_batch(teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
@@ -139,16 +148,16 @@ def check_batch(teacher: PreTrainedModel, inputs: dict[str, Any]) -> None:
         )
     if any(module.training for module in teacher.modules()):
         raise ValueError(
-            "the teacher must stay in eval mode, in which WSLTrainer has put it, but some of it is in train mode; "
-            "does it share layers with the student? Give it copies"
+            "the teacher must stay in eval mode, but a part of it is in train mode: "
+            "does it share layers with the student? Pass a deepcopy"
         )
 
 
-# The example: scikit-learn's digits, an image read as a sentence of 64 grey values -----------------------------------
+# The example: scikit-learn's digits, an image as a sentence of 64 grey values ---------------------
 
 
 def load_examples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """To train and to test on."""
+    """Examples to train on, and to test on."""
     digits = load_digits()
     sentences = torch.tensor(digits.images).long().flatten(1)  # "words" from 0 to 16
     examples = [
@@ -159,58 +168,67 @@ def load_examples() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
 
 def small_bert(layers: int) -> PreTrainedModel:
-    size = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_hidden_layers": layers,
-    }
-    # BERT's initializer_range of 0.02 is meant for a width of 768.
     config = BertConfig(
-        vocab_size=17, max_position_embeddings=64, num_labels=10, initializer_range=0.08, **size
+        vocab_size=17,
+        max_position_embeddings=64,
+        num_labels=10,
+        hidden_size=64,
+        intermediate_size=128,
+        num_attention_heads=4,
+        num_hidden_layers=layers,
+        initializer_range=0.08,  # the default of 0.02 is meant for a width of 768
     )
     return BertForSequenceClassification(config)
 
 
-def accuracy(found: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((found.predictions.argmax(-1) == found.label_ids).mean())}
+def accuracy(evaluation: EvalPrediction) -> dict[str, float]:
+    predicted = evaluation.predictions.argmax(-1)
+    return {"accuracy": float((predicted == evaluation.label_ids).mean())}
 
 
 def train(name: str, trainer: Trainer) -> None:
+    folder = f"{trainer.args.output_dir}/{name}"
     trainer.train()
-    trainer.save_model(f"{trainer.args.output_dir}/{name}")
+    trainer.save_model(folder)
     percent = 100 * trainer.evaluate()["eval_accuracy"]
     if trainer.is_world_process_zero():
-        print(f"{name}: {percent:.2f} %")
+        print(f"{name}: {percent:.2f} %, saved in {folder}")
 
 
-def main() -> None:
+def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    option = parser.add_argument
-    option("--temperature", type=float, default=4.0, help="(4, the paper's for CIFAR-100)")
-    option("--alpha", type=float, default=2.25, help="(2.25, the paper's for CIFAR-100)")
-    option("--hard-weight", type=float, default=1.0, help="(1)")
-    option("--epochs", type=int, default=10, help="of teacher and of student (10)")
-    option("--batch-size", type=int, default=25, help="of a process (25)")
-    option("--lr", type=float, default=2e-3, help="(0.002)")
-    option("--seed", type=int, default=0, help="(0)")
-    option("--out", default="runs/trainer", help="folder of both (runs/trainer)")
-    args = parser.parse_args()
-    torch.set_num_threads(1)  # more gain little on networks this small
+    parser.add_argument(
+        "--temperature", type=float, default=4.0, help="(4, the paper's for CIFAR-100)"
+    )
+    parser.add_argument(
+        "--alpha", type=float, default=2.25, help="(2.25, the paper's for CIFAR-100)"
+    )
+    parser.add_argument("--hard-weight", type=float, default=1.0, help="(1)")
+    parser.add_argument("--epochs", type=int, default=10, help="of teacher and of student (10)")
+    parser.add_argument("--batch-size", type=int, default=25, help="of a process (25)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="(0.002)")
+    parser.add_argument("--seed", type=int, default=0, help="(0)")
+    parser.add_argument("--out", default="runs/trainer", help="folder of both (runs/trainer)")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(1)  # more threads do not help networks this small
     set_seed(args.seed)
-    options = {
-        "num_train_epochs": args.epochs,
-        "learning_rate": args.lr,
-        "warmup_steps": 0.1,
-        "seed": args.seed,
-    }
-    options |= {
-        "per_device_train_batch_size": args.batch_size,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    arguments = TrainingArguments(args.out, save_strategy="no", report_to="none", **options)
+    arguments = TrainingArguments(
+        args.out,
+        num_train_epochs=args.epochs,
+        learning_rate=args.lr,
+        warmup_steps=0.1,
+        seed=args.seed,
+        per_device_train_batch_size=args.batch_size,
+        use_cpu=not torch.cuda.is_available(),
+        save_strategy="no",
+        report_to="none",
+    )
     examples, test = load_examples()
     shared = {
         "args": arguments,
@@ -218,12 +236,19 @@ def main() -> None:
         "eval_dataset": test,
         "compute_metrics": accuracy,
     }
-    wsl = {"temperature": args.temperature, "alpha": args.alpha, "hard_weight": args.hard_weight}
     teacher, student = small_bert(layers=2), small_bert(layers=1)
     train("teacher", Trainer(teacher, **shared))
-    trainer = WSLTrainer(student, teacher=teacher, **wsl, **shared)
+    trainer = WSLTrainer(
+        student,
+        teacher=teacher,
+        temperature=args.temperature,
+        alpha=args.alpha,
+        hard_weight=args.hard_weight,
+        **shared,
+    )
     train("student", trainer)
-    trainer.accelerator.end_training()  # of a process group left open, threads may abort a process that ends
+    # Closes the process group, whose threads may otherwise abort a process that ends.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

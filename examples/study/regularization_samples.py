@@ -1,29 +1,38 @@
-"""How many regularization samples teachers and temperatures make, and what it is worth to drop or to weigh them.
+"""How many regularization samples there are, and whether dropping or weighting them helps.
 
     pip install "weighted-soft-labels[examples]"
     python regularization_samples.py
 
-A regularization sample is one on which distillation pulls more on the variance than on the bias (see
-`weighted_soft_labels.analysis.regularization_samples`). The paper finds that students do worse the more there are, for
-one temperature, that teachers trained with label smoothing make more of them and teach worse, that dropping them all
-hurts, too, and that weighing every sample (WSL) beats both. For every seed, teachers are trained with several label
-smoothings, and from each of them, at several temperatures T, students with
+On a regularization sample, distillation acts more on the variance than on the bias (see
+`weighted_soft_labels.analysis.regularization_samples`). The paper finds, at one temperature:
 
-    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: the same weight for every sample
-    dropped   KD without the soft term of what is a regularization sample at that step
+- Students do worse, the more of these samples there are.
+- Teachers trained with label smoothing make more of them, and teach worse.
+- Dropping all of them also hurts. Weighting every sample (WSL) beats both.
+
+For every seed, teachers are trained with several label smoothings. From each teacher, at several
+temperatures T, students are trained with
+
+    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: every sample has
+              weight 1
+    dropped   KD without the soft term of the regularization samples of each step
     WSL       CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
-    uniform   WSL with the mean weight of the batch in place of each sample's own: just as much soft label, but the same
-              for every sample. What WSL gains over it is gained by telling samples apart
+    uniform   WSL, but every sample gets the batch's mean weight: as much soft label in total. WSL's
+              gain over uniform comes from telling samples apart
 
-and one student with cross-entropy alone (CE). Regularization samples are counted on the images of every training step,
-as the student sees them then. Which rule the paper prints could not be verified, so they are counted by all three:
-opposing, where the soft term pulls the logit of the label down; magnitude, those and the ones far below, where it pulls
-up by more than twice what the hard term does; signed, all but the ones far below. At T = 1 none is far below. All
-students of a seed start alike and see the same images in the same order.
+and one student with cross-entropy alone (CE). Regularization samples are counted at every training
+step, on the logits of that step. We could not verify which rule the paper uses, so there are three:
 
-The folder --out gets regularization_samples.csv (a row for every seed, label smoothing, T, loss and epoch; test
-accuracy and NLL in the last), options and hardware in regularization_samples.json, and two figures. STUDY.md holds what
-came out on Fashion-MNIST.
+    opposing   the soft term lowers the label's logit
+    magnitude  opposing, or far below: the soft term raises the label's logit by more than twice
+               what the hard term does
+    signed     every sample that is not far below; at T = 1 no sample is far below
+
+All students of a seed start alike and see the same images in the same order.
+
+The folder --out gets regularization_samples.csv (a row for every seed, label smoothing, T, loss and
+epoch; test accuracy and NLL for the last epoch), options and hardware in
+regularization_samples.json, and two figures. STUDY.md has the results on Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -61,11 +70,11 @@ COLUMNS = (
 
 class Method(NamedTuple):
     loss: str
-    smoothing: float | None = None  # of the teacher; CE has neither
+    smoothing: float | None = None  # of the teacher's labels
     temperature: float | None = None
 
 
-# The loss that is here to be compared with -----------------------------------------------------------------------
+# --- the loss without regularization samples ---
 
 
 def make_student_loss(method: Method, alpha: float) -> study.Loss:
@@ -73,22 +82,19 @@ def make_student_loss(method: Method, alpha: float) -> study.Loss:
 
     def dropped(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         kept = ~regularization_samples(student_logits, teacher_logits, labels, temperature=T)
-        soft = F.cross_entropy(
-            student_logits / T, (teacher_logits / T).softmax(1), reduction="none"
-        )
+        probabilities = (teacher_logits / T).softmax(1)
+        soft = F.cross_entropy(student_logits / T, probabilities, reduction="none")
         return F.cross_entropy(student_logits, labels) + alpha * T**2 * (kept * soft).mean()
 
     return dropped if method.loss == "dropped" else study.make_loss(method.loss, T, alpha)
 
 
-# One seed -----------------------------------------------------------------------------------------------------------
+# --- one seed ---
 
 
 def methods(args: argparse.Namespace) -> list[Method]:
-    return [
-        Method("CE"),
-        *(Method(*of) for of in product(LOSSES, args.smoothings, args.temperatures)),
-    ]
+    cases = product(LOSSES, args.smoothings, args.temperatures)
+    return [Method("CE"), *(Method(loss, smoothing, T) for loss, smoothing, T in cases)]
 
 
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
@@ -96,49 +102,42 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     torch.manual_seed(seed)
     drawn = study.draw(task, args.train_images)
     first = study.make_network(task, study.STUDENT_WIDTH)
-    teachers = dict(
-        zip(
-            args.smoothings, study.train_teachers(task, drawn, args.teacher_epochs, args.smoothings)
-        )
-    )
+    trained = study.train_teachers(task, drawn, args.teacher_epochs, args.smoothings)
+    teachers = dict(zip(args.smoothings, trained))
     steps = args.epochs * study.steps_per_epoch(len(drawn))
-    students = {
-        method: study.Learner(
-            copy.deepcopy(first),
-            make_student_loss(method, args.alpha),
-            steps,
-            teachers.get(method.smoothing),
-        )
-        for method in methods(args)
-    }
+    students = {}
+    for method in methods(args):
+        loss, teacher = make_student_loss(method, args.alpha), teachers.get(method.smoothing)
+        students[method] = study.Learner(copy.deepcopy(first), loss, steps, teacher)
 
     rows = [
         make_row(seed, Method("teacher", smoothing), args.teacher_epochs, evaluate(task, teacher))
         for smoothing, teacher in teachers.items()
     ]
     for epoch in range(1, args.epochs + 1):
-        seen = study.train_epoch(task, drawn, list(students.values()))
-        for (method, student), logits in zip(students.items(), seen.student_logits):
-            tested = evaluate(task, student.network) if epoch == args.epochs else {}
-            counted = (
-                {}
-                if student.teacher is None
-                else count(seen, logits, student.teacher, method.temperature)
-            )
-            rows.append(make_row(seed, method, epoch, counted, tested))
+        logits = study.train_epoch(task, drawn, list(students.values()))
+        for (method, student), student_logits in zip(students.items(), logits.student_logits):
+            counts, tested = {}, {}
+            if student.teacher is not None:
+                counts = count(logits, student_logits, student.teacher, method.temperature)
+            if epoch == args.epochs:
+                tested = evaluate(task, student.network)
+            rows.append(make_row(seed, method, epoch, counts, tested))
     return rows
 
 
-def count(seen: study.Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float) -> Row:
-    of = student_logits, seen.teacher_logits[teacher], seen.labels
-    found, opposing = (
-        regularization_samples(*of, temperature=temperature, rule=rule) for rule in RULES[:2]
+def count(
+    logits: study.Epoch, student_logits: Tensor, teacher: nn.Module, temperature: float
+) -> Row:
+    inputs = student_logits, logits.teacher_logits[teacher], logits.labels
+    magnitude, opposing = (
+        regularization_samples(*inputs, temperature=temperature, rule=rule) for rule in RULES[:2]
     )
     return {
-        "regularization_samples": int(found.sum()),
-        "share": found.float().mean().item(),
+        "regularization_samples": int(magnitude.sum()),
+        "share": magnitude.float().mean().item(),
         "share_opposing": opposing.float().mean().item(),
-        "weight": wsl_terms(*of).weight.mean().item(),
+        "weight": wsl_terms(*inputs).weight.mean().item(),
     }
 
 
@@ -149,7 +148,7 @@ def evaluate(task: Task, network: nn.Module) -> Row:
 
 
 def make_row(seed: int, method: Method, epoch: int, *measured: Row) -> Row:
-    """What was not measured stays empty."""
+    """Return a row in which the columns without a measured value are None."""
     row = {"seed": seed, **method._asdict(), "epoch": epoch, **dict.fromkeys(COLUMNS)}
     for values in measured:
         row |= values
@@ -160,21 +159,20 @@ def make_tables(results: list[list[Row]]) -> dict[str, list[Row]]:
     return {"regularization_samples": [row for rows in results for row in rows]}
 
 
-# The report, from the table alone -----------------------------------------------------------------------------------
+# --- the report, from the table alone ---
 
 
 def report(out: Path, options: Row) -> None:
     results = Results(study.read_table(out / "regularization_samples.csv"), options["epochs"])
     print_report(results, options)
-    save_counts(out / "regularization_samples.png", results, options)
-    save_losses(out / "regularization_samples_losses.png", results, options)
-    print(
-        f"\nFigures: {out / 'regularization_samples.png'} and {out / 'regularization_samples_losses.png'}"
-    )
+    counts, losses = (out / f"regularization_samples{suffix}.png" for suffix in ("", "_losses"))
+    save_counts(counts, results, options)
+    save_losses(losses, results, options)
+    print(f"\nFigures: {counts} and {losses}")
 
 
 class Results(NamedTuple):
-    """Values by seed, in the order of the seeds."""
+    """The table; every method returns one value per seed, in the order of the seeds."""
 
     rows: list[Row]
     epochs: int
@@ -184,38 +182,34 @@ class Results(NamedTuple):
         return study.count_seeds(self.rows)
 
     def of(self, method: Method, name: str, epoch: int | None = None) -> Tensor:
-        """After the last epoch, unless another one is asked for."""
+        """Return a column after `epoch` (default: the last)."""
         return column(self.rows, name, epoch=epoch or self.epochs, **method._asdict())
 
     def shares(self, method: Method) -> dict[str, Tensor]:
-        """Regularization samples by rule, in % of the images of all epochs."""
+        """Return the regularization samples by rule, in % of the images of all epochs."""
+        epochs = range(1, self.epochs + 1)
         magnitude, opposing = (
-            100
-            * torch.stack(
-                [self.of(method, name, epoch) for epoch in range(1, self.epochs + 1)]
-            ).mean(0)
+            100 * torch.stack([self.of(method, name, epoch) for epoch in epochs]).mean(0)
             for name in ("share", "share_opposing")
         )
-        return dict(
-            zip(RULES, (magnitude, opposing, 100 - (magnitude - opposing)))
-        )  # signed: all but those far below
+        return dict(zip(RULES, (magnitude, opposing, 100 - (magnitude - opposing))))
 
     def accuracy(self, method: Method) -> Tensor:
         return self.of(method, "test_accuracy")
 
     def difference(self, a: str, b: str, smoothing: float, temperature: float) -> Tensor:
-        """In test accuracy, within a seed, in points."""
-        one, other = (
-            Method(loss) if loss == "CE" else Method(loss, smoothing, temperature)
+        """Return loss a - loss b in test accuracy, in points."""
+        accuracy_a, accuracy_b = (
+            self.accuracy(Method("CE") if loss == "CE" else Method(loss, smoothing, temperature))
             for loss in (a, b)
         )
-        return self.accuracy(one) - self.accuracy(other)
+        return accuracy_a - accuracy_b
 
 
 def print_table(
     names: Iterable[str], rows: dict[tuple[float, float], Iterable[Tensor]], sign: str = ""
 ) -> None:
-    """Rows by temperature and smoothing."""
+    """Print one row per temperature and smoothing."""
     print(f"{'T':>2}{'smoothing':>11}" + "".join(f"{name:>18}" for name in names))
     for (T, smoothing), values in rows.items():
         print(f"{T:2g}{smoothing:11g}" + "".join(f"{show(value, 2, sign):>18}" for value in values))
@@ -249,24 +243,27 @@ def print_report(results: Results, options: Row) -> None:
     shares = {
         (T, smoothing): results.shares(Method("KD", smoothing, T)) for T, smoothing in settings
     }
-    print_table(RULES, {setting: found.values() for setting, found in shares.items()})
+    print_table(RULES, {setting: by_rule.values() for setting, by_rule in shares.items()})
 
     if len(smoothings) > 1:
+        base = smoothings[0]
         print(
-            f"\nKD within a seed, against smoothing {smoothings[0]:g}: these shares and test accuracy, in points\n"
+            f"\nKD within a seed, against smoothing {base:g}: "
+            "these shares and test accuracy, in points\n"
         )
         rows = {}
         for T, smoothing in product(temperatures, smoothings[1:]):
-            changes = [
-                shares[T, smoothing][rule] - shares[T, smoothings[0]][rule] for rule in RULES
-            ]
-            tested = [results.accuracy(Method("KD", of, T)) for of in (smoothing, smoothings[0])]
-            rows[T, smoothing] = [*changes, tested[0] - tested[1]]
+            changes = [shares[T, smoothing][rule] - shares[T, base][rule] for rule in RULES]
+            accuracy = results.accuracy(Method("KD", smoothing, T))
+            rows[T, smoothing] = [*changes, accuracy - results.accuracy(Method("KD", base, T))]
         print_table((*RULES, "accuracy"), rows, "+")
 
 
 def save_counts(path: Path, results: Results, options: Row) -> None:
-    """Regularization samples by epoch, one panel a temperature; then accuracy against their share, one a rule."""
+    """Draw one panel per temperature, the share of regularization samples by epoch.
+
+    Then one panel per rule, accuracy by share.
+    """
     smoothings, temperatures = options["smoothings"], options["temperatures"]
     shades = colormaps["viridis"](torch.linspace(0, 0.85, len(smoothings)).numpy())
     panels = len(temperatures) + len(RULES)
@@ -303,7 +300,7 @@ def save_counts(path: Path, results: Results, options: Row) -> None:
 
 
 def save_losses(path: Path, results: Results, options: Row) -> None:
-    """What a loss gains over KD, one panel a teacher."""
+    """Draw one panel per teacher, the gain of each loss over KD."""
     smoothings, temperatures = options["smoothings"], options["temperatures"]
     figure = Figure(figsize=(3.8 * len(smoothings), 3.8), layout="constrained")
     axes = figure.subplots(1, len(smoothings), sharey=True, squeeze=False)
@@ -330,25 +327,18 @@ def finish(figure: Figure, path: Path, results: Results, options: Row) -> None:
     figure.savefig(path, dpi=120)
 
 
-# The command line ---------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def parse_args() -> argparse.Namespace:
     parser = study.make_parser(__doc__, epochs=20, out="runs/regularization_samples")
-    option = parser.add_argument
-    option(
-        "--smoothings",
-        type=float,
-        nargs="+",
-        default=[0.0, 0.1, 0.2],
-        help="of teachers (0 0.1 0.2)",
-    )
-    option("--temperatures", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="(1 2 4)")
+    smoothings, temperatures = [0.0, 0.1, 0.2], [1.0, 2.0, 4.0]
+    add = parser.add_argument
+    add("--smoothings", type=float, nargs="+", default=smoothings, help="of teachers (0 0.1 0.2)")
+    add("--temperatures", type=float, nargs="+", default=temperatures, help="(1 2 4)")
     args = parser.parse_args()
-    args.smoothings, args.temperatures = (
-        sorted(set(args.smoothings)),
-        sorted(set(args.temperatures)),
-    )
+    args.smoothings = sorted(set(args.smoothings))
+    args.temperatures = sorted(set(args.temperatures))
     return args
 
 

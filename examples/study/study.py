@@ -1,8 +1,8 @@
-"""What the scripts of this folder share: data, networks, losses, training, seeds, and tables of results.
+"""What the scripts of this folder share: data, networks, losses, training, seeds, result tables.
 
-A replicate is everything that one seed decides: which training images are drawn, the teachers, the first weights of the
-students, the order of the images and what is done to them. Students of different losses differ in nothing else, so
-their differences are taken seed by seed.
+A seed decides everything in a replicate: the training images, the teachers, the first weights of
+the students, the order of the images and their augmentation. Students with different losses differ
+in nothing else, so their differences are computed within a seed.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ COLORS = {
     "dropped": "#009e73",
     "uniform": "#cc79a7",
 }
-DATASETS = {  # torchvision's name; mean and standard deviation of the training set, by channel, for pixels from 0 to 1
+# torchvision's name; mean and standard deviation of the training set by channel, pixels in [0, 1]
+DATASETS = {
     "cifar100": ("CIFAR100", (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     "cifar10": ("CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "fashion-mnist": ("FashionMNIST", (0.2860,), (0.3530,)),
@@ -55,14 +56,17 @@ DATASETS = {  # torchvision's name; mean and standard deviation of the training 
 
 Result = TypeVar("Result")
 Row = dict[str, Any]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # of student_logits, teacher_logits, labels
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]  # (student_logits, teacher_logits, labels)
 
 
-# The data -----------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 class Task(NamedTuple):
-    """Images (N, channels, size, size) in float32 and labels (N,), on the device; `augment` takes a batch of images."""
+    """Images (N, channels, size, size), float32, and labels (N,), on the device.
+
+    `augment` maps a batch of images to a batch of images.
+    """
 
     train_images: Tensor
     train_labels: Tensor
@@ -74,24 +78,23 @@ class Task(NamedTuple):
 @cache
 def load_task(dataset: str, root: Path, device: torch.device) -> Task:
     if dataset == "digits":
-        splits, augment = load_digits(), distort
+        tensors, augment = load_digits(), distort
     else:
-        splits, augment = (
-            (x for train in (True, False) for x in load_split(dataset, root, train)),
-            shift_and_flip,
-        )
-    return Task(*(x.to(device) for x in splits), augment)
+        train, test = (load_split(dataset, root, train) for train in (True, False))
+        tensors, augment = train + test, shift_and_flip
+    return Task(*(x.to(device) for x in tensors), augment)
 
 
 def load_digits() -> tuple[Tensor, ...]:
-    """The 800 test images come in ten distorted versions each, the same for every seed of the study."""
+    """Return training and test split. Each of the 800 test images comes in ten distorted versions.
+
+    The distortions are the same for every seed of the study.
+    """
     from sklearn import datasets
 
     digits = datasets.load_digits()
-    images, labels = (
-        torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16,
-        torch.tensor(digits.target),
-    )
+    images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    labels = torch.tensor(digits.target)
     torch.manual_seed(0)
     test, train = torch.randperm(len(images)).split([800, len(images) - 800])
     test = test.repeat(10)
@@ -99,7 +102,11 @@ def load_digits() -> tuple[Tensor, ...]:
 
 
 def load_split(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Of Debian's Fashion-MNIST in `root`, or downloaded there unless it is; normalised, and padded to 32 x 32."""
+    """Return normalised images, Fashion-MNIST's padded to 32 x 32, and labels.
+
+    Reads Debian's files of Fashion-MNIST if `root` has them, else torchvision's, which are
+    downloaded if necessary.
+    """
     name, mean, std = DATASETS[dataset]
     prefix = "train" if train else "t10k"
     debian = [root / f"{prefix}-{part}-ubyte.gz" for part in ("images-idx3", "labels-idx1")]
@@ -108,7 +115,7 @@ def load_split(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
         images, labels = (torch.frombuffer(content, dtype=torch.uint8) for content in contents)
         images, labels = images[16:].view(-1, 28, 28), labels[8:].long()
     else:
-        import torchvision  # here, as it is slow to import and not always needed
+        import torchvision  # slow to import, and not always needed
 
         split = getattr(torchvision.datasets, name)(root, train=train, download=True)
         images, labels = torch.as_tensor(split.data), torch.as_tensor(split.targets)
@@ -119,7 +126,7 @@ def load_split(dataset: str, root: Path, train: bool) -> tuple[Tensor, Tensor]:
 
 
 def shift(images: Tensor) -> Tensor:
-    """Every image shifted by up to one pixel in each direction."""
+    """Shift every image by up to one pixel in each direction."""
     n, _, height, width = images.shape
     windows = F.pad(images, (1, 1, 1, 1)).unfold(2, height, 1).unfold(3, width, 1)
     return windows[torch.arange(n), :, torch.randint(3, (n,)), torch.randint(3, (n,))]
@@ -137,18 +144,18 @@ def shift_and_flip(images: Tensor) -> Tensor:
 
 
 def draw(task: Task, count: int | None) -> Tensor:
-    """Indices of `count` training images, or of all of them, in random order."""
+    """Return the indices of `count` training images (default: all) in random order."""
     available = len(task.train_labels)
     if count is not None and count > available:
         raise ValueError(f"--train-images {count}: there are {available}")
     return torch.randperm(available)[:count]
 
 
-# Networks, losses, training -----------------------------------------------------------------------------------------
+# --- networks, losses, training ---
 
 
 def make_network(task: Task, width: int) -> nn.Module:
-    """Three convolutions, which shrink the image to 4 x 4. Some 10,000 weights if the width is 8."""
+    """Return three convolutions down to 4 x 4 and a linear layer; 10,000 weights at width 8."""
     channels, size = task.train_images.shape[1:3]
     classes = int(task.train_labels.max()) + 1
     layers: list[nn.Module] = []
@@ -171,9 +178,8 @@ def make_loss(
         return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
     def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        student, teacher = (
-            F.log_softmax(x / temperature, dim=1) for x in (student_logits, teacher_logits)
-        )
+        student = F.log_softmax(student_logits / temperature, dim=1)
+        teacher = F.log_softmax(teacher_logits / temperature, dim=1)
         soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
 
@@ -183,24 +189,23 @@ def make_loss(
         )
 
     def uniform(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """WSL with the mean weight of the batch for all: what WSL gains over it is gained by telling samples apart."""
+        """WSL, but every sample gets the batch's mean weight."""
         weight = wsl_terms(student_logits, teacher_logits, labels).weight.mean()
-        soft = F.cross_entropy(
-            student_logits / temperature, (teacher_logits / temperature).softmax(1)
-        )
+        probabilities = (teacher_logits / temperature).softmax(1)
+        soft = F.cross_entropy(student_logits / temperature, probabilities)
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * weight * soft
 
     return {"CE": ce, "KD": kd, "WSL": wsl, "uniform": uniform}[name]
 
 
 class Learner:
-    """A network and how it is trained: by which loss and, unless it learns from labels alone, by which teacher."""
+    """A network with its loss, its optimizer and its teacher; None if it learns from labels."""
 
     def __init__(
         self, network: nn.Module, loss: Loss, steps: int, teacher: nn.Module | None = None
     ) -> None:
         self.network, self.loss, self.teacher = network, loss, teacher
-        # Its steps do not grow with the scale of a loss, which is up to 1 + alpha times as large with soft labels.
+        # AdamW's steps do not depend on the scale of the loss, which grows with alpha.
         self.optimizer = torch.optim.AdamW(network.parameters(), LR)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
@@ -215,7 +220,7 @@ class Learner:
 
 
 class Epoch(NamedTuple):
-    """What was seen and said in one pass over the images: labels, and logits by teacher and by learner."""
+    """Labels and logits of one pass over the images, in the order of training."""
 
     labels: Tensor
     teacher_logits: dict[nn.Module, Tensor]
@@ -227,27 +232,28 @@ def steps_per_epoch(images: int) -> int:
 
 
 def train_epoch(task: Task, drawn: Tensor, learners: Sequence[Learner]) -> Epoch:
-    """All learners side by side, on the same images in the same order."""
-    teachers = list(
-        dict.fromkeys(learner.teacher for learner in learners if learner.teacher is not None)
-    )
+    """Train all learners side by side, on the same images in the same order."""
+    teachers = list(dict.fromkeys(each.teacher for each in learners if each.teacher is not None))
     for learner in learners:
         learner.network.train()
-    seen = []
+    batches = []
     for batch in drawn[torch.randperm(len(drawn))].to(task.train_labels.device).split(BATCH):
         images, labels = task.augment(task.train_images[batch]), task.train_labels[batch]
         with torch.inference_mode():
-            taught = {teacher: teacher(images) for teacher in teachers}
-        logits = [learner.step(images, taught.get(learner.teacher), labels) for learner in learners]
-        seen.append((labels, *taught.values(), *logits))
-    labels, *rest = (torch.cat(parts) for parts in zip(*seen))
-    return Epoch(labels, dict(zip(teachers, rest)), rest[len(teachers) :])
+            teacher_logits = {teacher: teacher(images) for teacher in teachers}
+        student_logits = [
+            learner.step(images, teacher_logits.get(learner.teacher), labels)
+            for learner in learners
+        ]
+        batches.append((labels, *teacher_logits.values(), *student_logits))
+    labels, *logits = (torch.cat(parts) for parts in zip(*batches))
+    return Epoch(labels, dict(zip(teachers, logits)), logits[len(teachers) :])
 
 
 def train_teachers(
     task: Task, drawn: Tensor, epochs: int, smoothings: Iterable[float] = (0.0,)
 ) -> list[nn.Module]:
-    """One for every label smoothing, alike but for it; in evaluation mode."""
+    """Return one teacher per label smoothing, in evaluation mode; they differ in nothing else."""
     steps = epochs * steps_per_epoch(len(drawn))
     first = make_network(task, TEACHER_WIDTH)
     losses = [make_loss("CE", label_smoothing=smoothing) for smoothing in smoothings]
@@ -259,17 +265,17 @@ def train_teachers(
 
 @torch.inference_mode()
 def predict(task: Task, network: nn.Module) -> Tensor:
-    """Logits of the test images."""
+    """Return the logits of the test images."""
     network.eval()
     return torch.cat([network(images) for images in task.test_images.split(EVALUATION_BATCH)])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """In percent."""
+    """Return the accuracy in percent."""
     return 100 * (logits.argmax(-1) == labels).float().mean().item()
 
 
-# Seeds, in processes of their own -----------------------------------------------------------------------------------
+# --- seeds, each in a worker process ---
 
 
 def run_seeds(
@@ -277,28 +283,30 @@ def run_seeds(
     args: argparse.Namespace,
     seeds: Sequence[int],
 ) -> Iterator[tuple[int, Result]]:
-    """Yields seeds and what `replicate` makes of them, as they finish. It has to be a function of a module."""
+    """Yield each seed with its result, in the order in which they finish.
+
+    `replicate` must be a function of a module, because workers import it.
+    """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        max(1, min(args.workers, len(seeds))), context, initializer=start_worker
-    ) as pool:
+    workers = max(1, min(args.workers, len(seeds)))
+    with ProcessPoolExecutor(workers, context, initializer=start_worker) as pool:
         futures = {pool.submit(replicate, args, seed): seed for seed in seeds}
         for future in tqdm(as_completed(futures), total=len(seeds), unit="seed"):
             yield futures[future], future.result()
 
 
 def start_worker() -> None:
-    """One thread: more gain little on networks this small. And no worker outlives a program that was killed."""
+    """Use one thread, as such small networks gain little from more; exit if the parent dies."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-# Results: tables as CSV, from which alone reports and figures are made ----------------------------------------------
+# --- results: CSV tables, the only source of reports and figures ---
 
 
 def write(path: Path, text: str) -> None:
-    """All or nothing: under its name there is always a complete file."""
+    """Write atomically, so that a killed run leaves no incomplete file."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
@@ -309,14 +317,13 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow(
-            {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()}
-        )
+        cells = {name: f"{x:.5g}" if isinstance(x, float) else x for name, x in row.items()}
+        writer.writerow(cells)
     write(path, text.getvalue())
 
 
 def read_table(path: Path) -> list[Row]:
-    """Numbers as numbers, empty cells as None."""
+    """Return the rows, with numbers as floats and empty cells as None."""
 
     def parse(text: str) -> Any:
         try:
@@ -333,17 +340,17 @@ def count_seeds(rows: Iterable[Row]) -> int:
 
 
 def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
-    """The values of a column in the rows that `where` describes, by seed: one a seed, for differences to be paired."""
-    found = {
+    """Return one value per seed, in the order of the seeds, from the rows that `where` selects."""
+    by_seed = {
         row["seed"]: row[name]
         for row in rows
         if all(row[key] == value for key, value in where.items())
     }
-    return torch.tensor([found[seed] for seed in sorted(found)], dtype=torch.float64)
+    return torch.tensor([by_seed[seed] for seed in sorted(by_seed)], dtype=torch.float64)
 
 
 def confidence_interval(values: Tensor) -> tuple[float, float]:
-    """Mean of at least two values, and half the width of its 95 % confidence interval by Student's t."""
+    """Return the mean and half the width of its 95 % confidence interval (Student's t)."""
     half = student_t.ppf(0.975, len(values) - 1) * values.std() / math.sqrt(len(values))
     return values.mean().item(), half.item()
 
@@ -354,18 +361,17 @@ def show(values: Tensor, digits: int = 2, sign: str = "") -> str:
 
 
 def options(args: argparse.Namespace) -> Row:
-    """Those that decide what comes out."""
-    elsewhere = ("out", "data", "report", "workers", "device")
-    return {name: value for name, value in vars(args).items() if name not in elsewhere}
+    """Return the options on which the results depend."""
+    others = ("out", "data", "report", "workers", "device")
+    return {name: value for name, value in vars(args).items() if name not in others}
 
 
 def describe_run(args: argparse.Namespace, seconds: float) -> Row:
-    """Options and machine, for the file beside the tables."""
+    """Return options and machine, for the JSON file beside the tables."""
+    cuda = args.device.type == "cuda"
     return {
         **options(args),
-        "device": torch.cuda.get_device_name(args.device)
-        if args.device.type == "cuda"
-        else processor(),
+        "device": torch.cuda.get_device_name(args.device) if cuda else processor(),
         "workers": args.workers,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -376,46 +382,31 @@ def describe_run(args: argparse.Namespace, seconds: float) -> Row:
 def processor() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next(
-        (line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor()
-    )
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return names[0] if names else platform.processor()
 
 
-# The command line ---------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def make_parser(doc: str, *, epochs: int | None, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    option, default = parser.add_argument, epochs or "by dataset, see above"
-    option("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
-    option(
-        "--data",
-        type=Path,
-        default=Path("data"),
-        help="folder of the dataset, downloaded if it is not there (data)",
-    )
-    option("--train-images", type=int, help="drawn for each seed (all)")
-    option("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
-    option("--epochs", type=int, default=epochs, help=f"of a student ({default})")
-    option("--teacher-epochs", type=int, default=epochs, help=f"({default})")
-    option(
-        "--alpha", type=float, default=2.25, help="of KD and WSL (2.25, the paper's for CIFAR-100)"
-    )
-    option("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
-    option(
-        "--workers",
-        type=int,
-        default=os.cpu_count(),
-        help="seeds side by side (as many as there are cores)",
-    )
-    option("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
-    option(
-        "--report",
-        action="store_true",
-        help="print and draw what --out holds, without any training",
-    )
+    default = epochs or "by dataset, see above"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
+    add("--data", type=Path, default=Path("data"), help="of the dataset, else downloaded (data)")
+    add("--train-images", type=int, help="drawn for each seed (all)")
+    add("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
+    add("--epochs", type=int, default=epochs, help=f"of a student ({default})")
+    add("--teacher-epochs", type=int, default=epochs, help=f"({default})")
+    add("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, as the paper's CIFAR-100)")
+    add("--device", type=torch.device, default=device)
+    add("--workers", type=int, default=os.cpu_count(), help="parallel seeds (number of cores)")
+    add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
+    add("--report", action="store_true", help="print and draw the results in --out; no training")
     return parser
 
 
@@ -426,46 +417,53 @@ def run(
     report: Callable[[Path, Row], None],
     restore: Callable[[Path], dict[int, Result]] | None = None,
 ) -> None:
-    """Train unless only a report was asked for, then report.
+    """Train, unless --report is given, then report.
 
-    After every seed there is a complete table of the seeds so far, under the names that `tables` gives them, and a file
-    of options and hardware under the script's own name. With `restore`, which reads the results of those seeds from
-    there, a run that was killed goes on, and one that was not takes more seeds.
+    After every seed, `tables` turns all results so far into CSV files, and the options and the
+    hardware are written as JSON under the script's name. With `restore`, which reads results from
+    the CSV files, a run continues after a kill, or adds seeds.
     """
-    described = args.out / f"{Path(sys.argv[0]).stem}.json"
+    json_path = args.out / f"{Path(sys.argv[0]).stem}.json"
     if not args.report:
-        results, seconds = {}, 0.0
-        if described.exists():
-            if restore is None:
-                raise FileExistsError(
-                    f"{args.out} holds results: --report shows them; choose another --out for new ones"
-                )
-            before = json.loads(described.read_text())
-            check_same_options(args, before)
-            results, seconds = restore(args.out), 60 * before["minutes"]
-        if args.seeds < 2:
-            raise ValueError(f"--seeds must be at least 2, got {args.seeds}")
-        draw(
-            load_task(args.dataset, args.data, args.device), args.train_images
-        )  # what fails there fails before training
-        args.out.mkdir(parents=True, exist_ok=True)
-        start = time.perf_counter() - seconds
-        for seed, result in run_seeds(
-            replicate, args, [seed for seed in range(args.seeds) if seed not in results]
-        ):
-            results[seed] = result
-            for name, rows in tables([results[seed] for seed in sorted(results)]).items():
-                write_table(args.out / f"{name}.csv", rows)
-            write(
-                described,
-                json.dumps(describe_run(args, time.perf_counter() - start), indent=2) + "\n",
+        train(args, replicate, tables, restore, json_path)
+    report(args.out, json.loads(json_path.read_text()))
+
+
+def train(
+    args: argparse.Namespace,
+    replicate: Callable[[argparse.Namespace, int], Result],
+    tables: Callable[[list[Result]], dict[str, list[Row]]],
+    restore: Callable[[Path], dict[int, Result]] | None,
+    json_path: Path,
+) -> None:
+    results, seconds = {}, 0.0
+    if json_path.exists():
+        if restore is None:
+            raise FileExistsError(
+                f"{args.out} holds results: --report shows them; choose another --out for new ones"
             )
-    report(args.out, json.loads(described.read_text()))
+        before = json.loads(json_path.read_text())
+        check_same_options(args, before)
+        results, seconds = restore(args.out), 60 * before["minutes"]
+    if args.seeds < 2:
+        raise ValueError(f"--seeds must be at least 2, got {args.seeds}")
+    # Errors in these options appear before the training.
+    draw(load_task(args.dataset, args.data, args.device), args.train_images)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter() - seconds
+    missing = [seed for seed in range(args.seeds) if seed not in results]
+    for seed, result in run_seeds(replicate, args, missing):
+        results[seed] = result
+        for name, rows in tables([results[seed] for seed in sorted(results)]).items():
+            write_table(args.out / f"{name}.csv", rows)
+        description = describe_run(args, time.perf_counter() - start)
+        write(json_path, json.dumps(description, indent=2) + "\n")
 
 
 def check_same_options(args: argparse.Namespace, before: Row) -> None:
     for name, value in options(args).items():
         if name != "seeds" and value != before[name]:
             raise ValueError(
-                f"{args.out} holds results of {name} {before[name]}, got {value}: choose another --out"
+                f"{args.out} holds results of {name} {before[name]}, got {value}: "
+                "choose another --out"
             )

@@ -1,32 +1,36 @@
-"""When does WSL pay? Students of teachers that are wrong in several ways, and of labels that are.
+"""When does WSL pay? Students of teachers, and of labels, that are wrong in several ways.
 
     pip install "weighted-soft-labels[examples]"
     python teacher_mistakes.py
 
-For every seed, students learn a few images, which stay as they are, so that they overfit, by
+For every seed, students overfit a few images, which are not augmented, by
 
     CE        cross-entropy with the labels alone
-    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: the same weight for every image
+    KD        CE + alpha * T^2 * KL(teacher || student), Hinton et al. 2015: every image has
+              weight 1
     WSL       CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
-    uniform   KD with the mean of the batch's WSL weights for every image: is it the weighing, or only less soft label?
+    uniform   KD, but every image gets the batch's mean WSL weight: separates the weighting from
+              less soft label
 
-where the teacher, trained on other images, is
+The teacher is trained on other images. It is
 
-    naturally worse      trained on fewer images (four sizes; all that follows is with the largest)
-    wrong at random      on 10, 20 or 40 % of the images its logits are rolled to a wrong class
+    naturally worse      trained on fewer images (four sizes; the cases below use the largest)
+    wrong at random      on 10, 20 or 40 % of the images, its logits are rolled to a wrong class
     wrong by a system    one or two pairs of classes, 20 or 40 % of all, are swapped in its logits
-    better than labels   20 or 40 % of the labels that the student is given are wrong
+    better than labels   20 or 40 % of the labels that the student gets are wrong
 
-at T = 4 and alpha = 2.25; and at T = 1 and 2, and alpha = 0.5, one at a time, without mistakes and with 20 % at random.
-All students of a seed, networks with 256 hidden units, start alike and see the same images in the same order.
+at T = 4 and alpha = 2.25. T = 1, T = 2 and alpha = 0.5 are tried one at a time, without mistakes
+and with 20 % at random. All students of a seed, networks with 256 hidden units, start alike and see
+the same images in the same order.
 
     dataset         student's images   teachers'                epochs   teachers'   seeds
     digits          540, made noisy    60, 120, 250, 450            50          40       8
     fashion-mnist   3000               300, 1000, 3000, 10000       15          10      10
 
-The folder --out gets teacher_mistakes.csv (a row for every seed, setting and loss), its means and 95 % intervals in
-teacher_mistakes_summary.csv, options and hardware in teacher_mistakes.json, and a figure. The table is complete after
-every seed. The same command goes on after one that was killed; with more --seeds it adds them.
+The folder --out gets teacher_mistakes.csv (a row for every seed, setting and loss), its means and
+95 % intervals in teacher_mistakes_summary.csv, options and hardware in teacher_mistakes.json, and a
+figure. The table is complete after every seed. The same command continues a run that was killed.
+With more --seeds, it adds them.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ from torch import Tensor, nn
 
 from weighted_soft_labels.analysis import wsl_terms
 
-LR = 3e-3  # of the students, at the top of its one cycle
+LR = 3e-3  # maximum of the one-cycle schedule
 METHODS = ("CE", "KD", "WSL", "uniform")
 DIFFERENCES = (("WSL", "KD"), ("WSL", "uniform"), ("WSL", "CE"), ("KD", "CE"))
 SHARES = ("teacher_wrong", "weight_right", "weight_wrong")
@@ -57,12 +61,12 @@ BY_DATASET = {
 
 
 class Setting(NamedTuple):
-    """What students differ in beside their loss. Those of CE have no teacher."""
+    """How students differ apart from their loss. For CE, only `noise` is set."""
 
     teacher_images: int | None = None
-    mistakes: str | None = None  # put in by hand: none, random or systematic
-    share: float | None = None  # of the images, on which there are such mistakes
-    noise: float = 0.0  # the share of wrong labels
+    mistakes: str | None = None  # added to the teacher's logits: none, random or systematic
+    share: float | None = None  # of the images or classes with such mistakes
+    noise: float = 0.0  # share of wrong labels
     temperature: float | None = None
     alpha: float | None = None
 
@@ -81,11 +85,11 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
-# Mistakes: what a seed draws for a share is among what it draws for a larger one --------------------------------------
+# --- mistakes: those of a share include those of every smaller share, for the same seed ---
 
 
 def make_noisy(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
-    """A share of the labels becomes a wrong one, any with the same chance."""
+    """Replace a share of the labels by a wrong one, uniformly."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(labels), generator=generator) < share * len(labels)
     wrong = (labels + torch.randint(1, classes, labels.shape, generator=generator)) % classes
@@ -93,7 +97,7 @@ def make_noisy(labels: Tensor, classes: int, share: float, seed: int) -> Tensor:
 
 
 def roll(logits: Tensor, labels: Tensor, share: float, seed: int) -> Tensor:
-    """A share of the rows is rolled so that the largest logit is that of a wrong class, any with the same chance."""
+    """Roll a share of the rows, so that the largest logit is at a wrong class, uniformly."""
     classes = logits.shape[1]
     noisy = make_noisy(labels, classes, share, seed)
     steps = (noisy - logits.argmax(1)).where(noisy != labels, 0)
@@ -101,24 +105,26 @@ def roll(logits: Tensor, labels: Tensor, share: float, seed: int) -> Tensor:
 
 
 def swap_classes(logits: Tensor, share: float, seed: int) -> Tensor:
-    """A share of the classes is drawn in pairs, and the logits of every pair are exchanged: a broken map of labels."""
+    """Swap the logits of pairs of classes, a share of all classes, as a broken label map does."""
     generator = torch.Generator().manual_seed(seed)
     classes = logits.shape[1]
-    pairs = torch.randperm(classes, generator=generator)[: 2 * round(share * classes / 2)].view(
-        -1, 2
-    )
+    swapped = 2 * round(share * classes / 2)
+    pairs = torch.randperm(classes, generator=generator)[:swapped].view(-1, 2)
     order = torch.arange(classes)
     order[pairs] = pairs.flip(1)
     return logits[:, order]
 
 
-# One seed -----------------------------------------------------------------------------------------------------------
+# --- one seed ---
 
 
 def train_student(
     images: Tensor, teacher_logits: Tensor, labels: Tensor, loss: study.Loss, epochs: int
 ) -> tuple[nn.Module, Tensor]:
-    """Also returns the mean weight that WSL gives, or would give, to every image during the training."""
+    """Return the student, and the mean over the training of every image's WSL weight.
+
+    The weight is computed for every loss, whether or not the loss uses it.
+    """
     layers = (
         nn.Flatten(),
         nn.Linear(images[0].numel(), 256),
@@ -133,22 +139,20 @@ def train_student(
     for _ in range(epochs):
         for batch in torch.randperm(len(images)).to(images.device).split(study.BATCH):
             student_logits = student(images[batch])
+            inputs = student_logits, teacher_logits[batch], labels[batch]
             optimizer.zero_grad()
-            loss(student_logits, teacher_logits[batch], labels[batch]).backward()
+            loss(*inputs).backward()
             optimizer.step()
             schedule.step()
-            weight[batch] += (
-                wsl_terms(student_logits, teacher_logits[batch], labels[batch]).weight / epochs
-            )
+            weight[batch] += wsl_terms(*inputs).weight / epochs
     return student, weight.cpu()
 
 
 def load_task(args: argparse.Namespace) -> Task:
     task = study.load_task(args.dataset, args.data, args.device)
-    if args.dataset == "fashion-mnist":  # without its padding
-        train, test = (
-            images[..., 2:-2, 2:-2].contiguous() for images in (task.train_images, task.test_images)
-        )
+    if args.dataset == "fashion-mnist":  # remove the padding
+        train = task.train_images[..., 2:-2, 2:-2].contiguous()
+        test = task.test_images[..., 2:-2, 2:-2].contiguous()
         task = task._replace(train_images=train, test_images=test)
     return task
 
@@ -156,53 +160,59 @@ def load_task(args: argparse.Namespace) -> Task:
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     task = load_task(args)
     torch.manual_seed(seed)
-    own, others = study.draw(task, args.train_images + max(args.sizes)).split(
-        [args.train_images, max(args.sizes)]
-    )
-    images, labels, classes = (
-        task.train_images[own],
-        task.train_labels[own].cpu(),
-        int(task.train_labels.max()) + 1,
-    )
+    drawn = study.draw(task, args.train_images + max(args.sizes))
+    own, others = drawn.split([args.train_images, max(args.sizes)])
+    images, labels = task.train_images[own], task.train_labels[own].cpu()
+    classes = int(task.train_labels.max()) + 1
     if args.dataset == "digits":
         images = task.augment(images)
-    steps, cached = (
-        args.teacher_epochs * study.steps_per_epoch(max(args.sizes)),
-        {},
-    )  # as many for every teacher
-    for size in args.sizes:
-        (teacher,) = study.train_teachers(task, others[:size], steps // study.steps_per_epoch(size))
-        with torch.inference_mode():
-            cached[size] = torch.cat(
-                [teacher(part) for part in images.split(study.EVALUATION_BATCH)]
-            ).cpu()
+    cached = cache_teachers(args, task, others, images)
 
     rows = {}
     for setting in settings(args):
-        teacher_logits = cached[setting.teacher_images]
-        if setting.mistakes == "random":
-            teacher_logits = roll(teacher_logits, labels, setting.share, seed)
-        elif setting.mistakes == "systematic":
-            teacher_logits = swap_classes(teacher_logits, setting.share, seed)
+        teacher_logits = make_mistakes(setting, cached[setting.teacher_images], labels, seed)
         given = make_noisy(labels, classes, setting.noise, seed)
         right = teacher_logits.argmax(1) == given
         for method in METHODS:
-            of = Setting(noise=setting.noise) if method == "CE" else setting
-            if (of, method) in rows:  # one student of CE does for all teachers
+            key = Setting(noise=setting.noise) if method == "CE" else setting
+            if (key, method) in rows:  # CE needs no teacher, so one student serves all of them
                 continue
             torch.manual_seed(seed)
             loss = study.make_loss(method, setting.temperature, setting.alpha)
             data = images, teacher_logits.to(args.device), given.to(args.device)
             student, weight = train_student(*data, loss, args.epochs)
-            row = {"accuracy": study.accuracy(study.predict(task, student), task.test_labels)}
-            seen = (
-                (teacher_logits.argmax(1) != labels).float().mean(),
-                weight[right].mean(),
-                weight[~right].mean(),
-            )
-            row |= dict.fromkeys(SHARES) if method == "CE" else dict(zip(SHARES, map(float, seen)))
-            rows[of, method] = {"seed": seed, **of._asdict(), "method": method, **row}
+            shares = dict.fromkeys(SHARES)
+            accuracy = study.accuracy(study.predict(task, student), task.test_labels)
+            if method != "CE":
+                wrong = (teacher_logits.argmax(1) != labels).float().mean()
+                values = wrong, weight[right].mean(), weight[~right].mean()
+                shares = dict(zip(SHARES, map(float, values)))
+            row = {"seed": seed, **key._asdict(), "method": method, "accuracy": accuracy}
+            rows[key, method] = row | shares
     return list(rows.values())
+
+
+def cache_teachers(
+    args: argparse.Namespace, task: Task, drawn: Tensor, images: Tensor
+) -> dict[int, Tensor]:
+    """Train a teacher per size, each for as many steps, and return their logits of the images."""
+    steps = args.teacher_epochs * study.steps_per_epoch(max(args.sizes))
+    cached = {}
+    for size in args.sizes:
+        epochs = steps // study.steps_per_epoch(size)
+        (teacher,) = study.train_teachers(task, drawn[:size], epochs)
+        with torch.inference_mode():
+            logits = [teacher(part) for part in images.split(study.EVALUATION_BATCH)]
+            cached[size] = torch.cat(logits).cpu()
+    return cached
+
+
+def make_mistakes(setting: Setting, logits: Tensor, labels: Tensor, seed: int) -> Tensor:
+    if setting.mistakes == "random":
+        return roll(logits, labels, setting.share, seed)
+    if setting.mistakes == "systematic":
+        return swap_classes(logits, setting.share, seed)
+    return logits
 
 
 def make_tables(results: list[list[Row]]) -> dict[str, list[Row]]:
@@ -216,16 +226,19 @@ def restore(out: Path) -> dict[int, list[Row]]:
     return results
 
 
-# The report, from the table alone -----------------------------------------------------------------------------------
+# --- the report, from the table alone ---
 
 
 def summarize(rows: Sequence[Row]) -> list[Row]:
-    """Of every setting: mean and half the 95 % interval of accuracies, their differences within a seed, and shares."""
-    found = dict.fromkeys(
+    """Return one row per setting, with mean and half the 95 % interval of every value.
+
+    The values are accuracies, their differences within a seed, and shares.
+    """
+    all_settings = dict.fromkeys(
         Setting(*(row[name] for name in Setting._fields)) for row in rows if row["method"] != "CE"
     )
     summary = []
-    for setting in found:
+    for setting in all_settings:
         where = {method: {**setting._asdict(), "method": method} for method in METHODS}
         where["CE"] |= Setting(noise=setting.noise)._asdict()
         values = {method: column(rows, "accuracy", **where[method]) for method in METHODS}
@@ -250,9 +263,10 @@ def name_of(row: Row) -> str:
 def print_table(summary: Sequence[Row]) -> None:
     print(f"\n{summary[0]['seeds']} seeds: mean +- half a 95 % confidence interval (Student's t)")
     print(
-        "Test accuracy in %, differences within a seed; wrong: in % of the student's images; weights by whether the"
+        "Test accuracy in %, differences within a seed; wrong: in % of the student's images; "
+        "weights by whether the\n"
+        "teacher is right by the label that is given, means over the training by WSL\n"
     )
-    print("teacher is right by the label that is given, means over the training by WSL\n")
     differences = list(map(" - ".join, DIFFERENCES))
     names = ["teacher", "wrong", *METHODS, *differences, "weight if right", "if wrong"]
     print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
@@ -272,16 +286,8 @@ def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None
     for i, method in enumerate(METHODS):
         places = [100 * row[x] + 0.3 * (i - 1.5) for row in rows]
         means, halves = zip(*((row[method], row[f"{method} half"]) for row in rows))
-        axes.errorbar(
-            places,
-            means,
-            halves,
-            fmt="o-",
-            markersize=4,
-            capsize=3,
-            color=COLORS[method],
-            label=method,
-        )
+        style = {"fmt": "o-", "markersize": 4, "capsize": 3, "color": COLORS[method]}
+        axes.errorbar(places, means, halves, label=method, **style)
     what = "labels that are wrong" if x == "noise" else "images on which the teacher is wrong"
     axes.set(xlabel=f"{what} (%)", ylabel="test accuracy (%)")
     axes.set_title(title, fontsize=10)
@@ -290,16 +296,14 @@ def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None
 def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
     for i, (other, marker) in enumerate((("KD", "o"), ("uniform", "s"), ("CE", "D"))):
         places = [-place - 0.2 * (i - 1) for place in range(len(summary))]
-        means, halves = zip(
-            *((row[f"WSL - {other}"], row[f"WSL - {other} half"]) for row in summary)
-        )
+        difference = f"WSL - {other}"
+        means, halves = zip(*((row[difference], row[f"{difference} half"]) for row in summary))
         style = {"fmt": marker, "markersize": 4, "capsize": 2, "color": COLORS[other]}
         axes.errorbar(means, places, xerr=halves, label=f"above {other}", **style)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
-    axes.set_yticks(
-        [-place for place in range(len(summary))], [name_of(row) for row in summary], fontsize=8
-    )
+    names = [name_of(row) for row in summary]
+    axes.set_yticks([-place for place in range(len(summary))], names, fontsize=8)
     axes.set_xlabel("test accuracy of WSL (points)")
     axes.legend(fontsize=8)
 
@@ -323,10 +327,8 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
         plot_accuracies(axes, rows, title, "noise" if "labels" in title else "teacher_wrong")
     axes.legend(fontsize=8)
     plot_gains(figure.add_subplot(grid[:, 2]), summary)
-    figure.suptitle(
-        f"{options['dataset']}: mean and 95 % interval over {summary[0]['seeds']} seeds",
-        fontsize=11,
-    )
+    interval = f"mean and 95 % interval over {summary[0]['seeds']} seeds"
+    figure.suptitle(f"{options['dataset']}: {interval}", fontsize=11)
     figure.savefig(path, dpi=120)
 
 
@@ -338,14 +340,13 @@ def report(out: Path, options: Row) -> None:
     print(f"\nFigure: {out / 'teacher_mistakes.png'}")
 
 
-# The command line ---------------------------------------------------------------------------------------------------
+# --- command line ---
 
 
 def main() -> None:
     parser = study.make_parser(__doc__, epochs=None, out="runs/teacher_mistakes")
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", help="images of the teachers (by dataset, see above)"
-    )
+    sizes = "images of the teachers (by dataset, see above)"
+    parser.add_argument("--sizes", type=int, nargs="+", help=sizes)
     args = parser.parse_args()
     if args.dataset not in BY_DATASET:
         parser.error(f"--dataset must be {' or '.join(BY_DATASET)}, got {args.dataset}")

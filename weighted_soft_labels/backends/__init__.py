@@ -41,10 +41,10 @@ REMEDIES = {
     "TRITON_CACHE_DIR; TRITON_PTXAS_PATH names a newer ptxas.",
 }
 _forced = "auto"
-_failures: dict[tuple[str, int], str | None] = {}  # backend, device index: why it cannot run
+_failures: dict[tuple[str, torch.device], str | None] = {}  # why a backend cannot run there
 
 
-class use_backend:  # noqa: N801
+class use_backend:
     """Force a backend in the whole process, at once; a ``with`` block restores the one before.
 
     Args:
@@ -66,37 +66,47 @@ class use_backend:  # noqa: N801
         global _forced
         if name not in NAMES:
             raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {name!r}")
-        self.previous, _forced = _forced, name
+        self.name, self.previous, _forced = name, _forced, name
 
     def __enter__(self) -> None:
-        pass
+        global _forced
+        _forced = self.name
 
     def __exit__(self, *_: Any) -> None:
         global _forced
         _forced = self.previous
 
 
-def choose(student: Tensor, teacher: Tensor, target: Tensor) -> ModuleType:
+def forced() -> str:
+    """Return the name that :class:`use_backend` set."""
+    return _forced
+
+
+def choose(student: Tensor, teacher: Tensor, target: Tensor, backend: str = "auto") -> ModuleType:
     """Return the backend module for these tensors; its ``__name__`` says which one it is.
+
+    Args:
+        backend: The name that was forced while code was compiled. "auto": the one forced now.
 
     Raises:
         RuntimeError: :class:`use_backend` forced a backend that cannot run them.
     """
-    name = _forced
+    force = backend if backend != "auto" else _forced
+    name = force
     if name == "auto":
         name = "cpu" if student.is_cpu else "triton" if student.is_cuda else "eager"
     if name == "eager":
         return eager
     refusal = _unsupported(name, student, teacher, target)
-    if refusal is None:
-        refusal = _failure(name, student)
-        if refusal is None:
-            return _load(name)
-        if _forced == "auto":
-            _warn_once(name, refusal)
-    if _forced == "auto":
+    failure = None if refusal else _failure(name, student)
+    if not refusal and not failure:
+        return _load(name)
+    if force == "auto":
+        if failure:
+            _warn_once(name, failure)
         return eager
-    raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {refusal}")
+    reason = refusal or failure
+    raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {reason}")
 
 
 def _unsupported(name: str, student: Tensor, teacher: Tensor, target: Tensor) -> str | None:
@@ -115,7 +125,7 @@ def _unsupported(name: str, student: Tensor, teacher: Tensor, target: Tensor) ->
 
 def _failure(name: str, student: Tensor) -> str | None:
     """Return why the backend cannot run on the student's device at all, found out once."""
-    key = (name, student.get_device())
+    key = (name, student.device)
     if key in _failures:
         return _failures[key]
     if student.is_cuda and torch.cuda.is_current_stream_capturing():

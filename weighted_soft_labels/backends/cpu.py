@@ -12,12 +12,14 @@ import ctypes
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import weighted_soft_labels.backends.cpu_kernel as cpu_kernel
 from weighted_soft_labels._options import Options
-from weighted_soft_labels.backends import cpu_kernel, eager
+from weighted_soft_labels.backends import eager
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu_kernel.c
 NO_TENSOR = (0, (0, 0, 0), 0)
@@ -52,9 +54,8 @@ def run(
     )
     if non_finite:
         _recompute(student, teacher, target, options, gradient, rows, count)
-        if options.reduction == "mean":
-            return (rows.double().sum() / count).float()
-        return rows.double().sum().float() if options.reduction == "sum" else rows
+        if loss is not rows:
+            loss.copy_(rows.double().sum() / (count if options.reduction == "mean" else 1))
     return loss
 
 
@@ -81,12 +82,13 @@ def _recompute(
     each = options if terms else options._replace(reduction="none")
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
     marked = (rows[0] if terms else rows).isnan().nonzero()
-    for chunk in marked.split(max(1, CHUNK // student.shape[-1])):
-        index = chunk.unbind(1)
-        formed = None
-        if gradient is not None:
-            formed = student.new_empty((len(chunk), student.shape[-1]), dtype=torch.float32)
-        part = eager.run(student[index], teacher[index], target[index], each, formed)
-        rows[(slice(None), *index) if terms else index] = part
+    size = max(1, CHUNK // student.shape[-1])
+    for start in range(0, len(marked), size):
+        index = marked[start : start + size].unbind(1)
+        chunk = student[index]
+        formed = torch.empty_like(chunk, dtype=torch.float32)
+        part = eager.run(chunk, teacher[index], target[index], each, formed)
+        places: Any = (..., *index)  # of one number per row, or of four terms
+        rows[places] = part
         if gradient is not None:
             gradient.movedim(1, -1)[index] = (formed * unit).to(gradient.dtype)

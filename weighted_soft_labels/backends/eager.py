@@ -15,8 +15,7 @@ A model that is sure of its top class has a sum of exponentials just above 1. `o
 less 1 without cancellation, and p_k - 1 is small. The gradient adds such differences first and the
 1s last. The 1s cancel exactly where student, teacher and label agree.
 
-This backend and the C kernel leave the top class out of the sums, so that both terms of CE are
->= 0 whatever the label is. The Triton backend leaves out the label's class: a kernel knows the
+The C kernel has the same sums. The Triton backend leaves out the label's class: a kernel knows the
 label before it reads the logits, the top class only afterwards.
 
 `merge` combines the statistics of disjoint sets of classes. A process with a shard of the classes
@@ -27,7 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,14 +42,14 @@ class Shard(NamedTuple):
     """The classes of this process among all, and how processes share statistics."""
 
     rank: int
-    classes: Tensor  # of every process, (processes, 1)
+    processes: int
     first: Tensor  # global index of this process's first class
     agree: Tensor  # 0-dim bool: all processes have the same rows and options
     all_reduce: Callable[[Tensor], object]  # adds up a tensor over the processes, in place
 
 
 class Statistics(NamedTuple):
-    """What the loss needs of a set of classes, one entry per row."""
+    """What the loss needs of a set of classes, (b, 1, r)."""
 
     top: Tensor  # the student's maximum
     others: Tensor  # sum of the student's exp(z) without the top class
@@ -63,26 +62,23 @@ class Statistics(NamedTuple):
     mass: Tensor  # sum of the label's probabilities; NaN if an index names no class
     dot: Tensor  # sum of the teacher's exp(z / T) times the student's z
     z_sum: Tensor  # sum of the student's z, needed for label smoothing alone
-    classes: Any  # how many: an int, or a tensor if the classes are sharded
+    classes: Tensor  # how many
 
 
-class Exponentials(NamedTuple):
-    """What the gradient of a block is made of, (b, C, r): 0 at the top class."""
+class Top(NamedTuple):
+    """The top class of every row of a block, (b, 1, r)."""
 
-    student: Tensor  # exp(z)
-    student_soft: Tensor  # exp(z / T)
-    teacher_soft: Tensor
+    indices: Tensor
+    logit: Tensor
+    here: Tensor  # 1, or 0 if the top class belongs to another process
 
 
 class Label(NamedTuple):
-    """The target of a block. One of the first two is None."""
+    """The target of a block."""
 
-    indices: Tensor | None  # (b, 1, r); -1 for a class that these logits do not have
-    probabilities: Any  # None or (b, C, r)
+    indices: Tensor | None  # (b, 1, r); None for class probabilities
+    mass: Tensor  # (b, C, r); of an index (b, 1, r): 1, 0 in another shard, NaN for no class
     ignored: Tensor | None  # (b, 1, r)
-
-
-Tops = tuple[Tensor, Tensor]  # top class of student and teacher, (b, 1, r); -1 in another shard
 
 
 def run(
@@ -112,16 +108,19 @@ def run(
     shared = None if shard is None else _shared(student, teacher, target, options, shard, rows)
     for b, r in blocks(student):
         logits = student[b, :, r].to(rows.dtype), teacher[b, :, r].to(rows.dtype)
-        label = _label(target[b, ..., r], student.shape[1], options.ignore_index, shard)
+        label = _label(target[b, ..., r], logits[0], options.ignore_index, shard)
         if shared is None:
             part, tops, e = statistics(*logits, label, options)
         else:
-            part, tops = _part(shared, r)
-            e = _exponentials(*logits, part, tops, options)
+            part = Statistics(*(x[..., r] for x in shared[0]))
+            tops = [Top(*(x[..., r] for x in top)) for top in shared[1]]
         combined = combine(part, options.temperature)
         result = torch.cat(combined, 1) if terms else _loss(part, combined, options)
         rows[:, b, r] = _kept(result, label).movedim(1, 0)
-        if gradient is not None:
+        if gradient is not None and gradient.shape[1]:
+            if shared is not None:
+                _, p, soft = _exponentials(logits[0], tops[0], 1.0, options.temperature)
+                e = [p, soft, _exponentials(logits[1], tops[1], options.temperature)[1]]
             formed = _gradient(e, part, tops, label, combined.weight, unit, options)
             gradient[b, :, r] = _kept(formed, label)
     if terms or options.reduction == "none":
@@ -138,11 +137,8 @@ def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
     if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
         return
-    rows = (
-        gradient.flatten(2)
-        if gradient.dim() > 2
-        else batched(gradient if gradient.dim() > 1 else gradient[None])
-    )
+    matrix = gradient[None] if gradient.dim() == 1 else gradient
+    rows = batched(matrix) if matrix.dim() == 2 else matrix.flatten(2)
     factors = factor.expand(index_shape(gradient.shape)).reshape(rows.shape[0], rows.shape[2])
     for b, r in blocks(rows):  # with another dtype ATen makes a copy of the whole tensor
         rows[b, :, r].mul_(factors[b, None, r])
@@ -181,14 +177,16 @@ def count(target: Tensor, classes: int | None, ignore_index: int) -> Tensor:
     return kept.sum()
 
 
-def _label(target: Tensor, classes: int, ignore_index: int, shard: Shard | None) -> Label:
+def _label(target: Tensor, logits: Tensor, ignore_index: int, shard: Shard | None) -> Label:
     if target.is_floating_point():
-        return Label(None, target, None)
+        return Label(None, target.to(logits.dtype), None)
     index = target.long().unsqueeze(1)
     ignored = index == ignore_index
     if shard is not None:
         index = index - shard.first
-    return Label(index.where((index >= 0) & (index < classes), -1), None, ignored)
+    here = (index >= 0) & (index < logits.shape[1])
+    mass = torch.where(here, 1.0, math.nan if shard is None else 0.0)
+    return Label(index.where(here, 0), mass.to(logits.dtype), ignored)
 
 
 def _kept(x: Tensor, label: Label) -> Tensor:
@@ -199,111 +197,88 @@ def _kept(x: Tensor, label: Label) -> Tensor:
 
 
 def statistics(
-    student: Tensor, teacher: Tensor, label: Label, options: Options, shard: bool = False
-) -> tuple[Statistics, Tops, Exponentials]:
-    temperature = options.temperature
-    top_class, top, z = _below_top(student, shard)
-    teacher_class, teacher_top, teacher_z = _below_top(teacher, shard)
-    if label.indices is not None:
-        mass = torch.where(label.indices >= 0, 1.0, 0.0 if shard else math.nan).to(z.dtype)
-        of_label = [_at(x, label.indices) for x in (z, teacher_z)]
-    else:
-        q = label.probabilities.to(z.dtype)
-        mass = _sum(q)
-        of_label = [_expectation(q, x) for x in (z, teacher_z)]
-    teacher_others = _sum(_exp(teacher_z, 1.0, teacher_class))
-    e = Exponentials(
-        _exp(z, 1.0, top_class),
-        _exp(z, temperature, top_class),
-        _exp(teacher_z, temperature, teacher_class),
+    student: Tensor, teacher: Tensor, label: Label, options: Options
+) -> tuple[Statistics, list[Top], list[Tensor]]:
+    """Return also the top classes, and exp(z), exp(z / T) and exp(z' / T) for the gradient."""
+    top, teacher_top = _top(student), _top(teacher)
+    temperatures = 1.0, options.temperature
+    z, e, soft = _exponentials(student, top, *temperatures)
+    teacher_z, teacher_e, teacher_soft = _exponentials(teacher, teacher_top, *temperatures)
+    part = Statistics(
+        top=top.logit,
+        others=_sum(e),
+        soft_others=_sum(soft),
+        label=_label_sum(label, z),
+        teacher_top=teacher_top.logit,
+        teacher_others=_sum(teacher_e),
+        teacher_soft_others=_sum(teacher_soft),
+        teacher_label=_label_sum(label, teacher_z),
+        mass=_sum(label.mass),
+        dot=_expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
+        z_sum=_sum(z) if options.label_smoothing else torch.zeros_like(top.logit),
+        classes=torch.full_like(top.logit, z.shape[1]),
     )
-    others, soft_others, teacher_soft_others = map(_sum, e)
-    dot = _expectation(e.teacher_soft, z) + z.gather(1, teacher_class)
-    z_sum = _sum(z) if options.label_smoothing else torch.zeros_like(top)
-    of_student = top, others, soft_others, of_label[0]
-    of_teacher = teacher_top, teacher_others, teacher_soft_others, of_label[1]
-    part = Statistics(*of_student, *of_teacher, mass, dot, z_sum, student.shape[1])
-    return part, (top_class, teacher_class), e
+    return part, [top, teacher_top], [e, soft, teacher_soft]
 
 
-def _below_top(logits: Tensor, shard: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the top class, its logit and all logits less that."""
+def _top(logits: Tensor) -> Top:
     # max(1) starts threads even for one row: in a forked child it hangs.
-    top_class = logits.argmax(1, keepdim=True)
-    top = logits.gather(1, top_class)
-    # +inf makes a row NaN. The sums would leave out its inf - inf.
-    top = torch.where(top == math.inf, math.nan, top)
-    # -inf is a row without classes, hence NaN. In a shard, other processes may have its classes.
-    return top_class, top, logits - (top.clamp(min=torch.finfo(top.dtype).min) if shard else top)
+    indices = logits.argmax(1, keepdim=True)
+    logit = logits.gather(1, indices)
+    return Top(indices, logit, torch.ones_like(logit))
 
 
-def _exponentials(
-    student: Tensor, teacher: Tensor, part: Statistics, tops: Tops, options: Options
-) -> Exponentials:
-    z, teacher_z = student - part.top, teacher - part.teacher_top
-    return Exponentials(
-        _exp(z, 1.0, tops[0]),
-        _exp(z, options.temperature, tops[0]),
-        _exp(teacher_z, options.temperature, tops[1]),
-    )
+def _exponentials(logits: Tensor, top: Top, *temperatures: float) -> list[Tensor]:
+    """Return z, and exp(z / T) for every temperature, 0 at the top class."""
+    # A shard may have only masked classes. -inf less -inf would be NaN.
+    z = logits - top.logit.clamp(min=torch.finfo(logits.dtype).min)
+    e = [z.exp() if t == 1 else (z / t).exp_() for t in temperatures]
+    return [z, *(x.scatter_add_(1, top.indices, -top.here) for x in e)]
 
 
-def _exp(z: Tensor, temperature: float, top_class: Tensor) -> Tensor:
-    """exp(z / T), but 0 at the top class, where it would be 1."""
-    e = z.exp() if temperature == 1 else (z / temperature).exp_()
-    return _add_(e, top_class, -torch.ones_like(e[:, :1]))
+def _label_sum(label: Label, z: Tensor) -> Tensor:
+    return _expectation(label.mass, z if label.indices is None else z.gather(1, label.indices))
 
 
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index.clamp(min=0)).where(index >= 0, 0.0)
-
-
-def _add_(x: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    """Add one value per row at `index`, unless that is -1."""
-    if x.shape[1] == 0:
-        return x
-    return x.scatter_add_(1, index.clamp(min=0), value.where(index >= 0, 0.0))
+def _expectation(mass: Tensor, value: Tensor) -> Tensor:
+    """``sum_c mass_c * value_c``, where no mass times an infinite value is 0."""
+    return _sum((mass * value).masked_fill_(mass == 0, 0))
 
 
 def _sum(x: Tensor) -> Tensor:
     return x.sum(1, keepdim=True)
 
 
-def _expectation(mass: Tensor, value: Tensor) -> Tensor:
-    """``sum_c mass_c * value_c``, where no mass times an infinite value is 0."""
-    return _sum(torch.where(mass == 0, 0.0, mass * value))
-
-
 # --- statistics of several shards ---
 
 
-def merge(shards: Statistics, temperature: float) -> tuple[Statistics, Tops]:
-    """Merge statistics (shards, rows); also return which shards have the top classes, (1, rows)."""
+def merge(shards: Statistics, temperature: float) -> tuple[Statistics, list[Tensor]]:
+    """Merge along dimension 0; also return which shards have the top classes."""
     owner, top, shift = _highest(shards.top)
     teacher_owner, teacher_top, teacher_shift = _highest(shards.teacher_top)
     soft_shift, teacher_soft_shift = shift / temperature, teacher_shift / temperature
     scale = teacher_soft_shift.exp()
     merged = Statistics(
-        top,
-        _others(shards.others, shift, owner),
-        _others(shards.soft_others, soft_shift, owner),
-        _shifted(shards.mass, shards.label, shift),
-        teacher_top,
-        _others(shards.teacher_others, teacher_shift, teacher_owner),
-        _others(shards.teacher_soft_others, teacher_soft_shift, teacher_owner),
-        _shifted(shards.mass, shards.teacher_label, teacher_shift),
-        shards.mass.sum(0, keepdim=True),
-        _shifted(scale * (1 + shards.teacher_soft_others), scale * shards.dot, shift),
-        _shifted(shards.classes, shards.z_sum, shift),
-        shards.classes.sum(0, keepdim=True).to(top.dtype),
+        top=top,
+        others=_others(shards.others, shift, owner),
+        soft_others=_others(shards.soft_others, soft_shift, owner),
+        label=_shifted(shards.mass, shards.label, shift),
+        teacher_top=teacher_top,
+        teacher_others=_others(shards.teacher_others, teacher_shift, teacher_owner),
+        teacher_soft_others=_others(shards.teacher_soft_others, teacher_soft_shift, teacher_owner),
+        teacher_label=_shifted(shards.mass, shards.teacher_label, teacher_shift),
+        mass=shards.mass.sum(0, keepdim=True),
+        dot=_shifted(scale * (1 + shards.teacher_soft_others), scale * shards.dot, shift),
+        z_sum=_shifted(shards.classes, shards.z_sum, shift),
+        classes=shards.classes.sum(0, keepdim=True),
     )
-    return merged, (owner, teacher_owner)
+    return merged, [owner, teacher_owner]
 
 
 def _highest(tops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     owner = tops.argmax(0, keepdim=True)
     top = tops.gather(0, owner)
-    top = torch.where(top.isinf(), math.nan, top)
+    top = top.masked_fill(top.isinf(), math.nan)
     return owner, top, tops - top
 
 
@@ -314,40 +289,35 @@ def _others(others: Tensor, shift: Tensor, owner: Tensor) -> Tensor:
 
 def _shifted(mass: Tensor, value: Tensor, shift: Tensor) -> Tensor:
     """Sum of mass times z, given that sum for a z that is higher by `-shift`."""
-    return torch.where(mass == 0, 0.0, value + mass * shift).sum(0, keepdim=True)
+    return (value + mass * shift).masked_fill(mass == 0, 0).sum(0, keepdim=True)
 
 
 def _shared(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options, shard: Shard, like: Tensor
-) -> tuple[Statistics, Tops]:
-    """Return the statistics of all classes, and the top classes that this process has.
+) -> tuple[Statistics, list[Top]]:
+    """Return the statistics of all classes, and their top classes.
 
     An all-reduce only adds. So every process fills its own slot of an array of zeros, and all
     processes merge the same slots.
     """
-    slots = like.new_zeros((len(shard.classes), 11, student.shape[2]))
+    rows = student.shape[2]
+    slots = like.new_zeros((shard.processes, len(Statistics._fields), 1, rows))
     own = slots[shard.rank]
-    tops = torch.zeros_like(target.long().expand(2, -1))
-    if student.shape[1] == 0:
-        own[:8:4].fill_(-math.inf)  # the tops
+    own[:8:4].fill_(-math.inf)  # the tops, if this process has no classes
+    indices = torch.zeros((2, 1, rows), dtype=torch.int64, device=student.device)
     for _, r in blocks(student) if student.shape[1] else ():
         logits = student[:, :, r].to(like.dtype), teacher[:, :, r].to(like.dtype)
-        label = _label(target[:, r], student.shape[1], options.ignore_index, shard)
-        part, classes, _ = statistics(*logits, label, options, shard=True)
-        own[:, r] = torch.cat(part[:11], 1)[0]
-        tops[:, r] = torch.cat(classes, 1)[0]
+        label = _label(target[:, r], logits[0], options.ignore_index, shard)
+        part, tops, _ = statistics(*logits, label, options)
+        own[..., r] = torch.cat(part)
+        indices[..., r] = torch.cat([top.indices for top in tops])
     shard.all_reduce(slots)
-    merged, owners = merge(Statistics._make((*slots.unbind(1), shard.classes)), options.temperature)
-    mass = merged.mass.where((merged.mass != 0) & shard.agree, math.nan)
-    mine = [top.where(owner == shard.rank, -1) for top, owner in zip(tops, owners)]
-    return merged._replace(mass=mass), (mine[0], mine[1])
-
-
-def _part(shared: tuple[Statistics, Tops], r: slice) -> tuple[Statistics, Tops]:
-    """Return the rows `r`, shaped (1, 1, r) as those of a block."""
-    (*merged, classes), tops = shared
-    part = Statistics._make((*(x[None, :, r] for x in merged), classes))
-    return part, (tops[0][None, :, r], tops[1][None, :, r])
+    part, owners = merge(Statistics._make(slots.unbind(1)), options.temperature)
+    wrong = (part.mass != 1) | ~shard.agree  # no process, or several, have the label
+    part = part._replace(mass=part.mass.masked_fill(wrong, math.nan))
+    here = [(owner == shard.rank).to(like.dtype) for owner in owners]
+    top = Top(indices[:1], part.top, here[0])
+    return part, [top, Top(indices[1:], part.teacher_top, here[1])]
 
 
 # --- combine ---
@@ -365,7 +335,7 @@ def combine(part: Statistics, temperature: float) -> Terms:
     teacher_ce = part.mass * part.teacher_others.log1p() - part.teacher_label
     # A student that rules the label out is infinitely worse than any teacher.
     weight = -torch.expm1(-student_ce / (teacher_ce + EPS))
-    weight = torch.where(student_ce == math.inf, 1.0, weight)
+    weight = weight.masked_fill(student_ce == math.inf, 1)
     expected = part.dot / (temperature * (1 + part.teacher_soft_others))
     return Terms(student_ce, teacher_ce, weight, part.soft_others.log1p() - expected)
 
@@ -381,7 +351,7 @@ def _loss(part: Statistics, terms: Terms, options: Options) -> Tensor:
     if options.alpha:
         _, _, weight, soft = terms
         # Weight 0, soft inf: the student rules out a class to which the teacher gives mass.
-        weighted = torch.where((weight == 0) & (soft == math.inf), math.inf, weight * soft)
+        weighted = (weight * soft).masked_fill((weight == 0) & (soft == math.inf), math.inf)
         loss = loss + options.alpha * options.temperature**2 * weighted
     return loss
 
@@ -390,67 +360,61 @@ def _loss(part: Statistics, terms: Terms, options: Options) -> Tensor:
 
 
 def _gradient(
-    e: Exponentials,
+    e: list[Tensor],
     part: Statistics,
-    tops: Tops,
+    tops: list[Top],
     label: Label,
     weight: Tensor,
     unit: Tensor,
     options: Options,
 ) -> Tensor:
     """Return the gradient times `unit`, in the memory of `e`."""
-    gradient = None
+    p, soft, teacher_soft = e
+    top, teacher_top = tops
     if options.hard_weight:
-        sure = _softmax_less_1_(e.student, tops[0], part.others)
-        gradient = _less_label_(e.student, tops[0], sure, part, label, options)
+        one = _softmax_less_1_(p, top, part.others)
+        _less_label_(p, top, one, part, label, options.label_smoothing)
         # Class probabilities have entered with their mass. That of an index is 1, or NaN.
-        gradient.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
-    if options.alpha:
-        sure = _softmax_less_1_(e.student_soft, tops[0], part.soft_others)
-        teacher_sure = _softmax_less_1_(e.teacher_soft, tops[1], part.teacher_soft_others)
-        difference = e.student_soft.sub_(e.teacher_soft)
-        _add_ones_(difference, tops[0], sure, tops[1], teacher_sure)
-        scale = unit * (options.alpha * options.temperature) * weight
-        if gradient is None:
-            return difference.mul_(scale)
-        gradient.addcmul_(difference, scale)
-    return torch.zeros_like(e.student) if gradient is None else gradient
+        p.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
+    if not options.alpha:
+        return p if options.hard_weight else p.zero_()
+    one = _softmax_less_1_(soft, top, part.soft_others)
+    teacher_one = _softmax_less_1_(teacher_soft, teacher_top, part.teacher_soft_others)
+    difference = soft.sub_(teacher_soft)
+    _add_ones_(difference, top.indices, one, teacher_top.indices, teacher_one)
+    scale = unit * (options.alpha * options.temperature) * weight
+    return p.addcmul_(difference, scale) if options.hard_weight else difference.mul_(scale)
 
 
-def _softmax_less_1_(e: Tensor, top_class: Tensor, others: Tensor) -> Tensor:
+def _softmax_less_1_(e: Tensor, top: Top, others: Tensor) -> Tensor:
     """Turn `e` into the softmax, less 1 at the top class of rows that are sure; return those 1s.
 
     In other rows the top class has at most half of the mass: less 1 it would lose digits.
     """
     sure = others < 1
-    _add_(e, top_class, torch.where(sure, -others, 1.0)).div_(1 + others)
-    return sure.to(e.dtype)
+    e.scatter_add_(1, top.indices, torch.where(sure, -others, 1.0) * top.here).div_(1 + others)
+    return sure * top.here
 
 
 def _less_label_(
-    p: Tensor,
-    top_class: Tensor,
-    sure: Tensor,
-    part: Statistics,
-    label: Label,
-    options: Options,
-) -> Tensor:
+    p: Tensor, top: Top, one: Tensor, part: Statistics, label: Label, smoothing: float
+) -> None:
     """Subtract the smoothed label from a softmax less 1, and add the 1s."""
-    smoothing = options.label_smoothing
-    if label.indices is not None:
-        if smoothing:
-            p.sub_(smoothing / part.classes)
-        _add_ones_(p, top_class, sure, label.indices, torch.ones_like(sure), smoothing)
-        return p
-    mass = part.mass * (1 - smoothing) + smoothing
-    less = label.probabilities.to(p.dtype) * (smoothing - 1) - smoothing / part.classes
-    return p.mul_(mass).add_(_add_(less, top_class, sure * mass))
+    if label.indices is None:
+        less = label.mass * (smoothing - 1) - smoothing / part.classes
+        mass = part.mass * (1 - smoothing) + smoothing
+        p.mul_(mass).add_(less.scatter_add_(1, top.indices, one * mass))
+        return
+    if smoothing:
+        p.sub_(smoothing / part.classes)
+    _add_ones_(p, top.indices, one, label.indices, label.mass, smoothing)
 
 
 def _add_ones_(
     p: Tensor, index: Tensor, one: Tensor, other: Tensor, other_one: Tensor, smoothing: float = 0.0
 ) -> None:
-    """Add `one` at `index`, subtract `other_one` at `other`: where both meet, as one number."""
+    """Add `one`, subtract `(1 - smoothing) * other_one`: in the same class, as one number."""
     same = index == other
-    _add_(p, index, torch.where(same, one - other_one + smoothing, one))
-    _add_(p, other, torch.where(same, 0.0, smoothing - other_one))
+    more = smoothing * other_one
+    p.scatter_add_(1, index, torch.where(same, one - other_one + more, one))
+    p.scatter_add_(1, other, (more - other_one).masked_fill_(same, 0))

@@ -1,39 +1,48 @@
-"""The loss in Triton, for NVIDIA and AMD GPUs. Same functions, same algebra and same order of steps as `_eager`.
+"""Triton backend: the loss and its gradient in one kernel, for NVIDIA and AMD GPUs.
 
-Logits are seen as (batch, classes, rows) with any strides, so (N, C), (N, C, d1, ...) and channels_last need no copy:
-(N, C) is one batch of N rows. A program takes ROWS rows and all classes of them:
+The steps have the names and the order of `eager.py` and `cpu_kernel.c`:
 
     statistics  sums of exp(z) and exp(z / T) without the label, and the soft term's dot product
-    combine     cross-entropies, weight, loss: one number a row
-    gradient    one number a class
+    combine     cross-entropies, weight, soft term and loss: one number per row
+    gradient    one number per class
 
-Without the label, what is left of Z - 1 keeps all its digits where a model is sure of it. Of a target of probabilities,
-the class with the most mass is the label.
+This file leaves the label out of its sums; eager and C leave out one maximum. A thread knows the
+label before it reads a logit, but the maximum only after the last one. Besides, the cross-entropy
+needs the label's probability anyway. If a model is confident in the label, the sum of the others
+is Z - 1 without cancellation. For a target of probabilities, the label is the class with the
+largest of them.
 
-Classes lie in a tile [K, ROWS, LANES, VECTOR]: LANES threads share a row; each takes VECTOR neighbours at a time, 16
-bytes where the layout allows, and K times that, 32 classes at most. So few threads compute what is computed once a row.
-Up to 8192 classes a row stays in registers from its statistics to its gradient: 3b bytes an element for logits of b
-bytes. Beyond, the tile walks over the classes twice, the second time from the end, which the L2 cache still holds: 5b.
-Where neighbours in memory are rows, as in (N, C, H, W), the threads of a warp lie on those and LANES are warps.
+The kernel sees logits as (batch, classes, rows) with any strides, so (N, C), (N, C, d1, ...) and
+channels_last need no copy. (N, C) is one batch of N rows. A program computes ROWS rows with all
+their classes, in tiles [K, ROWS, LANES, VECTOR]:
 
-Offsets of rows are 64-bit; arithmetic is float32; nothing is read back to the host and no launch depends on the data.
+- LANES threads share a row. Each takes VECTOR neighbouring classes at a time, 16 bytes where the
+  layout allows, and K times that: at most 32 classes.
+- Up to 8192 classes, a row stays in registers from its statistics to its gradient. For logits of b
+  bytes, 3b bytes move per element.
+- Beyond that, the tile passes over the classes twice. The second pass starts at the end, which the
+  L2 cache still contains, so 3b to 5b bytes move per element.
+- If neighbours in memory are rows, as in (N, C, H, W), the threads of a warp lie on rows, and
+  LANES counts warps.
+
+Offsets of rows are 64-bit, and arithmetic is float32. The host reads nothing back and no launch
+depends on the data, so CUDA graphs can capture the loss.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from weighted_soft_labels.loss import Options
+from weighted_soft_labels._options import Options, index_shape
 
-# Arguments that change with the batch: no kernel is compiled anew for one of them.
-COUNTS = ["rows", "size", "ignore_index"]
+# Arguments that change with the batch: another value of one compiles no other kernel.
+COUNTS = ["row_count", "size", "ignore_index"]
 
 
 class Plan(NamedTuple):
@@ -45,7 +54,7 @@ class Plan(NamedTuple):
     LANES: tl.constexpr
     VECTOR: tl.constexpr
     TILE: tl.constexpr  # K * LANES * VECTOR classes at a time
-    TEMPERATURE: tl.constexpr
+    TEMPERATURE: tl.constexpr  # 1, 2 or 0 for any other
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
     PIXELS: tl.constexpr
@@ -55,57 +64,55 @@ class Plan(NamedTuple):
 class Settings(NamedTuple):
     inverse: tl.tensor  # 1 / T
     alpha_t: tl.tensor  # alpha * T
-    alpha_t2: tl.tensor
+    alpha_t2: tl.tensor  # alpha * T^2
     hard_weight: tl.tensor
     smoothing: tl.tensor
 
 
-class Place(NamedTuple):
-    """A program's rows and what the target says of them, [ROWS]."""
+class Rows(NamedTuple):
+    """A program's rows and their labels, [ROWS]."""
 
-    index: tl.tensor  # in (B, R)
-    size: tl.tensor  # B * R
+    index: tl.tensor  # in (batches, rows)
+    size: tl.tensor  # how many rows all batches have
     exists: tl.tensor
-    kept: tl.tensor  # not ignored: of other rows no logits are read
+    kept: tl.tensor  # not ignored; the logits of ignored rows are not read
     label: tl.tensor  # -1 for an index that names no class
-    q: tl.tensor  # its mass
+    q: tl.tensor  # the label's probability
 
 
 class Logits(NamedTuple):
-    """Where a program's rows start, [ROWS], and how far it is from class to class."""
+    """Where a program's rows start, [ROWS], and the stride of the classes."""
 
     address: tl.tensor
     stride: tl.tensor
 
 
-class Row(NamedTuple):
-    """What is known of one set of logits: of rows, [ROWS], or of what one thread has seen of them, [ROWS, LANES]."""
+class Sums(NamedTuple):
+    """Statistics of one set of logits, per thread, [ROWS, LANES], or per row, [ROWS]."""
 
-    peak: (
-        tl.tensor
-    )  # maximum, where z is 0; never -inf, as it is subtracted from logits that may be
+    maximum: tl.tensor  # where z = 0; never -inf, because masked logits minus -inf would be NaN
     others: tl.tensor  # sum of exp(z) without the label
-    soft_others: tl.tensor  # the same of exp(z / T)
+    soft_others: tl.tensor  # sum of exp(z / T) without the label
     qz: tl.tensor  # for probabilities: sum of q * z without the label
 
 
 class Statistics(NamedTuple):
-    student: Row
-    teacher: Row
+    student: Sums
+    teacher: Sums
     dot: tl.tensor  # sum of the teacher's exp(z / T) times the student's z, without the label
     z_sum: tl.tensor  # for label smoothing: sum of the student's z without the label
-    taken: tl.tensor  # for label smoothing: of how many classes
-    mass: tl.tensor  # for probabilities: sum of q without the label
+    z_count: tl.tensor  # for label smoothing: how many classes that sum has
+    others_q: tl.tensor  # for probabilities: sum of q without the label
 
 
-class Total(NamedTuple):
-    """What the loss needs to know of one set of logits, [ROWS]."""
+class Row(NamedTuple):
+    """What the loss needs of one set of logits, [ROWS]."""
 
     z: tl.tensor  # at the label
-    e: tl.tensor  # exp(z) and exp(z / T) there
-    soft: tl.tensor
-    rest: tl.tensor  # Z - 1
-    soft_rest: tl.tensor  # Z' - 1
+    e: tl.tensor  # exp(z) at the label
+    soft: tl.tensor  # exp(z / T) at the label
+    excess: tl.tensor  # Z - 1, Z the sum of exp(z) over all classes
+    soft_excess: tl.tensor  # the same of exp(z / T)
     ce: tl.tensor
 
 
@@ -114,27 +121,27 @@ class Scales(NamedTuple):
 
     hard: tl.tensor  # of the student's exp(z)
     soft: tl.tensor  # of the student's exp(z / T)
-    ratio: tl.tensor  # of the teacher's, relative to that
-    uniform: tl.tensor  # what label smoothing takes off every class
+    ratio: tl.tensor  # of the teacher's exp(z / T), relative to `soft`
+    uniform: tl.tensor  # what label smoothing subtracts from every class
     q: tl.tensor  # for probabilities: of q
-    at_label: tl.tensor  # the whole gradient there
+    at_label: tl.tensor  # the whole gradient at the label
 
 
-# --- arithmetic. Numbers stand where they are used: globals would be compared with what they were at every launch ---
+# --- arithmetic. Constants are literals: Triton compares globals at every launch. ---
 
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x) for x >= 0 to float32 precision; the hardware logarithm has no relative precision near 1."""
-    n = (
-        (1 + x).to(tl.int32, bitcast=True) - 0x3F400000
-    ) & -0x800000  # of 1 + x = 2^n m, 3/4 <= m < 3/2, times 2^23
+    """log(1 + x) for x >= 0 to float32 precision; the hardware's log is imprecise near 1."""
+    # n is the exponent of 1 + x = 2^n m with 3/4 <= m < 3/2, times 2^23.
+    n = ((1 + x).to(tl.int32, bitcast=True) - 0x3F400000) & -0x800000
     scale = (0x3F800000 - n).to(tl.float32, bitcast=True)  # 2^-n
     f = x * scale + (scale - 1)  # m - 1, exact for n = 0
     s = f / (2 + f)  # log(m) = 2 atanh(s), 6 terms of which are exact to 1e-9
     q = s * s
     p = 1 / 7 + q * (1 / 9 + q * (1 / 11))
-    return n.to(tl.float32) * 8.262958294867817e-8 + 2 * s * (1 + q * (1 / 3 + q * (1 / 5 + q * p)))
+    p = 1 + q * (1 / 3 + q * (1 / 5 + q * p))
+    return n.to(tl.float32) * 8.262958294867817e-8 + 2 * s * p
 
 
 @triton.jit
@@ -148,7 +155,7 @@ def _one_minus_exp(r):
 
 @triton.jit
 def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
-    """exp(z), exp(z / T); one exponential where squaring loses no digit that counts."""
+    """exp(z) and exp(z / T); for T = 2 the first is the square of the second."""
     if TEMPERATURE == 2:
         soft = tl.exp2(z * 0.7213475204444817)
         return soft * soft, soft
@@ -159,24 +166,24 @@ def _exponentials(z, inverse, TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def _sum(x):
-    """Of a thread's classes, [K, ROWS, LANES, VECTOR] to [ROWS, LANES]."""
+    """Sum over a thread's classes, [K, ROWS, LANES, VECTOR] to [ROWS, LANES]."""
     return tl.sum(tl.sum(x, axis=3), axis=0)
 
 
 @triton.jit
-def _most(x):
+def _max(x):
     return tl.max(tl.max(x, axis=3), axis=0)
 
 
 @triton.jit
 def _product(mass, value):
-    """mass * value, where no mass times an infinite value is 0."""
+    """mass * value, but 0 where the mass is 0 and the value infinite."""
     return mass * tl.where(mass == 0, 0.0, value)
 
 
 @triton.jit
-def _tile(x):
-    """[ROWS] or [ROWS, LANES] against [K, ROWS, LANES, VECTOR]."""
+def _per_class(x):
+    """Broadcast [ROWS] or [ROWS, LANES] against [K, ROWS, LANES, VECTOR]."""
     return x[None, :, None, None] if len(x.shape) == 1 else x[None, :, :, None]
 
 
@@ -185,25 +192,32 @@ def _tile(x):
 
 @triton.jit
 def _logits(x, batch, row, UNIT: tl.constexpr):
-    # In a form that shows the compiler what the launcher has checked: multiples of UNIT. It takes that to load and
-    # store 16 bytes at a time; by itself it would see nothing between a multiple of 16 and any number.
+    # `_launch` has checked that these strides are multiples of UNIT, and this form tells the
+    # compiler, which then loads and stores 16 bytes at a time.
     return Logits(x[0] + (batch * (x[1] // UNIT * UNIT) + row * (x[3] // UNIT * UNIT)), x[2])
 
 
 @triton.jit
-def _columns(start, rows, plan: tl.constexpr):
-    """The classes of a tile: the first of every lane, [1, 1, LANES, 1], how far from it the rest is, which exist."""
+def _columns(start, exists, plan: tl.constexpr):
+    """The classes of a tile, as (first class of a lane) + step, and which of them exist.
+
+    The sum is taken where it is used: comparisons with `step` have a constant on one side.
+    """
     k = tl.arange(0, plan.K)[:, None, None, None] * (plan.LANES * plan.VECTOR)
     lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
     step = k + tl.arange(0, plan.VECTOR)[None, None, None, :]
-    return lane, step, _tile(rows) & (lane + step < plan.CLASSES)
+    return lane, step, _per_class(exists) & (lane + step < plan.CLASSES)
 
 
 @triton.jit
 def _address(logits, columns, plan: tl.constexpr):
-    """Addresses of a tile. Hints at what is contiguous decide which dimensions are a warp's lanes; never is it K."""
-    address = _tile(logits.address) + columns.to(tl.int64) * logits.stride
-    if plan.PIXELS:  # hides alignment: a thread is to take all classes of a row, not one class of neighbouring rows
+    """Addresses of a tile. The hints decide which dimensions become the lanes of a warp: never K.
+
+    They also override what the compiler knows of alignment, so VECTOR > 1 needs classes that are
+    neighbours in memory; see `_vector`.
+    """
+    address = _per_class(logits.address) + columns.to(tl.int64) * logits.stride
+    if plan.PIXELS:  # hides alignment: a thread takes all classes of a row, not neighbouring rows
         return tl.max_contiguous(tl.multiple_of(address, [1, 1, 1, 1]), [1, 4, 2, 1])
     else:
         return tl.max_contiguous(address, [1, 2, 4, 8])
@@ -211,37 +225,38 @@ def _address(logits, columns, plan: tl.constexpr):
 
 @triton.jit
 def _load(logits, columns, mask, plan: tl.constexpr):
-    """Anything at all where `mask` is false: to say what would take an instruction a class."""
+    """Masked entries are undefined. Giving them a value would cost one instruction per class."""
     return tl.load(_address(logits, columns, plan), mask).to(tl.float32)
 
 
 @triton.jit
-def _place(target, batch, row, rows, ignore_index, plan: tl.constexpr):
-    """The label is the class with the most mass, which of an index has all of it."""
-    exists = row < rows
+def _rows(target, batch, row, row_count, ignore_index, plan: tl.constexpr):
+    """The program's rows. For probabilities, the label is the class with the largest one."""
+    exists = row < row_count
     if plan.PROBABILITIES:
-        kept, label, q = (
-            exists,
-            tl.zeros([plan.ROWS], tl.int32),
-            tl.zeros([plan.ROWS], tl.float32) - float("inf"),
-        )
+        kept = exists
+        label = tl.zeros([plan.ROWS], tl.int32)
+        q = tl.zeros([plan.ROWS], tl.float32) - float("inf")
         for start in range(0, plan.CLASSES, plan.TILE):
             lane, step, mask = _columns(start, exists, plan)
-            mass = tl.where(mask, _load(target, lane + step, mask, plan), float("-inf"))
-            most = tl.max(_most(mass), axis=1)
-            leader = tl.max(_most(tl.where(mass == _tile(most), lane + step, 0)), axis=1)
-            label, q = tl.where(most > q, leader, label), tl.maximum(most, q)
+            columns = lane + step
+            tile_q = tl.where(mask, _load(target, columns, mask, plan), float("-inf"))
+            largest = tl.max(_max(tile_q), axis=1)
+            at_largest = tl.where(tile_q == _per_class(largest), columns, 0)
+            label = tl.where(largest > q, tl.max(_max(at_largest), axis=1), label)
+            q = tl.maximum(largest, q)
     else:
         index = tl.load(target.address, exists, other=0).to(tl.int64)
-        kept, q = exists & (index != ignore_index), tl.full([plan.ROWS], 1.0, tl.float32)
+        kept = exists & (index != ignore_index)
         label = tl.where((index >= 0) & (index < plan.CLASSES), index, -1).to(tl.int32)
-    size = tl.num_programs(0) // tl.cdiv(rows, plan.ROWS) * rows.to(tl.int64)
-    return Place(batch * rows + row, size, exists, kept, label, q)
+        q = tl.full([plan.ROWS], 1.0, tl.float32)
+    size = tl.num_programs(0) // tl.cdiv(row_count, plan.ROWS) * row_count.to(tl.int64)
+    return Rows(batch * row_count + row, size, exists, kept, label, q)
 
 
 @triton.jit
 def _kept(target, size, stride, ignore_index):
-    """Which of 1024 labels are there and not ignored."""
+    """Which of 1024 labels exist and are not ignored."""
     i = tl.arange(0, 1024)
     label = tl.load(target + i.to(tl.int64) * stride, i < size, other=0).to(tl.int64)
     return ((i < size) & (label != ignore_index)).to(tl.int32)
@@ -249,19 +264,17 @@ def _kept(target, size, stride, ignore_index):
 
 @triton.jit
 def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexpr):
-    """What every row counts in the loss: `share`, for a mean over labels divided by how many are not ignored.
+    """How much a row counts in the loss: `share`, over the number of kept rows if COUNT.
 
-    1024 labels are counted here, by every program; of more, `_count_kernel` has counted up to 256 parts.
+    Every program counts up to 1024 labels itself. `_count_kernel` counts more, in up to 256 parts.
     """
     if COUNT == 1:
-        share /= tl.sum(_kept(target, size.to(tl.int32), stride, ignore_index), axis=0).to(
-            tl.float32
-        )
+        kept = _kept(target, size.to(tl.int32), stride, ignore_index)
+        share /= tl.sum(kept, axis=0).to(tl.float32)
     elif COUNT == 2:
         part = tl.arange(0, 256)
-        share /= tl.sum(tl.load(counted + part, part < tl.cdiv(size, 1024), other=0), axis=0).to(
-            tl.float32
-        )
+        parts = tl.load(counted + part, part < tl.cdiv(size, 1024), other=0)
+        share /= tl.sum(parts, axis=0).to(tl.float32)
     return share
 
 
@@ -269,504 +282,469 @@ def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexp
 
 
 @triton.jit
-def _row(x, q, others, peak, inverse, plan: tl.constexpr):
-    """z, exp(z / T) and sums of one set of logits; `others` says which classes are in the tile and not the label."""
-    z = tl.where(others, x - _tile(peak), float("-inf"))
+def _sums(x, q, others, maximum, inverse, plan: tl.constexpr):
+    """z, exp(z / T) and the sums of one set of logits; `others` is a mask without the label."""
+    z = tl.where(others, x - _per_class(maximum), float("-inf"))
     e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-    qz = _sum(_product(q, z)) if plan.PROBABILITIES else tl.zeros_like(peak)
-    return z, soft, Row(peak, _sum(e), _sum(soft), qz)
+    qz = _sum(_product(q, z)) if plan.PROBABILITIES else tl.zeros_like(maximum)
+    return z, soft, Sums(maximum, _sum(e), _sum(soft), qz)
 
 
 @triton.jit
-def _block(student, teacher, target, start, place, known, inverse, plan: tl.constexpr):
-    """z of both sets of logits for one tile of classes, and the statistics of each thread."""
-    lane, step, mask = _columns(start, place.kept, plan)
+def _tile_maximum(x, columns, previous, plan: tl.constexpr):
+    maximum = tl.maximum(_max(tl.where(columns < plan.CLASSES, x, float("-inf"))), previous)
+    # With several tiles, each thread keeps its own maximum, so that it waits for no other warp.
+    return tl.max(maximum, 1, keep_dims=True) if plan.TILE >= plan.CLASSES else maximum
+
+
+@triton.jit
+def _tile_statistics(student, teacher, target, start, rows, previous, inverse, plan: tl.constexpr):
+    """z of both sets of logits for one tile of classes, and the statistics of each thread.
+
+    Fields of Statistics one by one: Triton 3.3 returns no tuple in a tuple in a tuple.
+    """
+    lane, step, mask = _columns(start, rows.kept, plan)
     columns = lane + step
-    s, t = _load(student, columns, mask, plan), _load(teacher, columns, mask, plan)
-    student_peak = tl.maximum(
-        _most(tl.where(columns < plan.CLASSES, s, float("-inf"))), known.student.peak
-    )
-    teacher_peak = tl.maximum(
-        _most(tl.where(columns < plan.CLASSES, t, float("-inf"))), known.teacher.peak
-    )
-    if (
-        plan.TILE >= plan.CLASSES
-    ):  # else a thread's own are as good, and nothing waits for other warps
-        student_peak, teacher_peak = (
-            tl.max(student_peak, 1, keep_dims=True),
-            tl.max(teacher_peak, 1, keep_dims=True),
-        )
-    others = mask & (_tile(place.label) - lane != step)  # in one comparison with a constant
+    s = _load(student, columns, mask, plan)
+    t = _load(teacher, columns, mask, plan)
+    student_maximum = _tile_maximum(s, columns, previous.student.maximum, plan)
+    teacher_maximum = _tile_maximum(t, columns, previous.teacher.maximum, plan)
+    others = mask & (_per_class(rows.label) - lane != step)
     q = tl.where(others, _load(target, columns, mask, plan), 0.0) if plan.PROBABILITIES else s
-    student_z, _, student_row = _row(s, q, others, student_peak, inverse, plan)
-    teacher_z, soft, teacher_row = _row(t, q, others, teacher_peak, inverse, plan)
+    student_z, _, student_sums = _sums(s, q, others, student_maximum, inverse, plan)
+    teacher_z, soft, teacher_sums = _sums(t, q, others, teacher_maximum, inverse, plan)
     dot = _sum(_product(soft, student_z))
     zero = tl.zeros_like(dot)
     z_sum = _sum(tl.where(others, student_z, 0.0)) if plan.SMOOTHING else zero
-    taken = _sum(tl.where(others, 1.0, 0.0)) if plan.SMOOTHING else zero
-    mass = _sum(q) if plan.PROBABILITIES else zero
-    # Not as Statistics: Triton 3.3 returns tuples of tuples, but no deeper ones.
-    return student_z, teacher_z, student_row, teacher_row, dot, z_sum, taken, mass
+    z_count = _sum(tl.where(others, 1.0, 0.0)) if plan.SMOOTHING else zero
+    others_q = _sum(q) if plan.PROBABILITIES else zero
+    return student_z, teacher_z, student_sums, teacher_sums, dot, z_sum, z_count, others_q
 
 
 @triton.jit
-def _join_row(a, b, mass, inverse, plan: tl.constexpr):
-    """b and, seen from b's maximum, a; how much higher that is, and what it makes of exp(z / T)."""
-    move = b.peak - a.peak
-    factor, soft_factor = _exponentials(-move, inverse, plan.TEMPERATURE)
-    others, soft_others = a.others * factor + b.others, a.soft_others * soft_factor + b.soft_others
-    return Row(b.peak, others, soft_others, a.qz - mass * move + b.qz), move, soft_factor
+def _merge_sums(a, b, others_q, inverse, plan: tl.constexpr):
+    """The sums of a and b relative to b's maximum, that maximum's rise, and its exp(-rise / T)."""
+    rise = b.maximum - a.maximum
+    factor, soft_factor = _exponentials(-rise, inverse, plan.TEMPERATURE)
+    others = a.others * factor + b.others
+    soft_others = a.soft_others * soft_factor + b.soft_others
+    return Sums(b.maximum, others, soft_others, a.qz - others_q * rise + b.qz), rise, soft_factor
 
 
 @triton.jit
-def _join(a, b, inverse, plan: tl.constexpr):
-    """Statistics of a's and b's classes; b's maxima are no lower. Every sum keeps its sign, so nothing cancels."""
-    student, move, _ = _join_row(a.student, b.student, a.mass, inverse, plan)
-    teacher, _, factor = _join_row(a.teacher, b.teacher, a.mass, inverse, plan)
-    # Nothing is left of an infinite sum that has no weight any more.
-    dot = tl.where(factor == 0, 0.0, (a.dot - a.teacher.soft_others * move) * factor) + b.dot
-    z_sum, taken, mass = a.z_sum - a.taken * move + b.z_sum, a.taken + b.taken, a.mass + b.mass
-    return Statistics(student, teacher, dot, z_sum, taken, mass)
+def _merge(a, b, inverse, plan: tl.constexpr):
+    """Statistics of a's and b's classes, where b's maxima are not lower. No sum changes sign."""
+    student, rise, _ = _merge_sums(a.student, b.student, a.others_q, inverse, plan)
+    teacher, _, factor = _merge_sums(a.teacher, b.teacher, a.others_q, inverse, plan)
+    # An infinite sum whose factor is 0 would be NaN.
+    dot = tl.where(factor == 0, 0.0, (a.dot - a.teacher.soft_others * rise) * factor) + b.dot
+    z_sum = a.z_sum - a.z_count * rise + b.z_sum
+    z_count, others_q = a.z_count + b.z_count, a.others_q + b.others_q
+    return Statistics(student, teacher, dot, z_sum, z_count, others_q)
 
 
 @triton.jit
-def _nothing(student_peak, teacher_peak, plan: tl.constexpr):
-    """Statistics of no class, seen from these maxima."""
+def _empty(student_maximum, teacher_maximum, plan: tl.constexpr):
+    """Statistics of no class, relative to these maxima."""
     zero = tl.zeros([plan.ROWS, plan.LANES], tl.float32)
-    return Statistics(
-        Row(student_peak, zero, zero, zero),
-        Row(teacher_peak, zero, zero, zero),
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+    student = Sums(student_maximum, zero, zero, zero)
+    teacher = Sums(teacher_maximum, zero, zero, zero)
+    return Statistics(student, teacher, zero, zero, zero, zero)
 
 
 @triton.jit
-def _across(known):
-    """Statistics of rows from those of the threads that share them and their maxima."""
-    s, t = known.student, known.teacher
-    s = Row(tl.max(s.peak, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
-    t = Row(tl.max(t.peak, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
-    return Statistics(
-        s,
-        t,
-        tl.sum(known.dot, 1),
-        tl.sum(known.z_sum, 1),
-        tl.sum(known.taken, 1),
-        tl.sum(known.mass, 1),
-    )
+def _across_lanes(x):
+    """Statistics per row from those of the threads that share a row and its maxima."""
+    s, t = x.student, x.teacher
+    s = Sums(tl.max(s.maximum, 1), tl.sum(s.others, 1), tl.sum(s.soft_others, 1), tl.sum(s.qz, 1))
+    t = Sums(tl.max(t.maximum, 1), tl.sum(t.others, 1), tl.sum(t.soft_others, 1), tl.sum(t.qz, 1))
+    dot, z_sum = tl.sum(x.dot, 1), tl.sum(x.z_sum, 1)
+    return Statistics(s, t, dot, z_sum, tl.sum(x.z_count, 1), tl.sum(x.others_q, 1))
 
 
 @triton.jit
-def _walk(student, teacher, target, place, known, inverse, plan: tl.constexpr):
-    """Statistics of rows that do not fit into a tile: every thread has its own until the end."""
+def _all_tiles(student, teacher, target, rows, statistics, inverse, plan: tl.constexpr):
+    """Statistics of rows that do not fit into one tile, merged tile by tile in every thread."""
     for start in range(0, plan.CLASSES, plan.TILE):
-        _s, _t, s, t, dot, z_sum, taken, mass = _block(
-            student, teacher, target, start, place, known, inverse, plan
+        _s, _t, s, t, dot, z_sum, z_count, others_q = _tile_statistics(
+            student, teacher, target, start, rows, statistics, inverse, plan
         )
-        known = _join(known, Statistics(s, t, dot, z_sum, taken, mass), inverse, plan)
-    s_peak, t_peak = (
-        tl.max(known.student.peak, 1, keep_dims=True),
-        tl.max(known.teacher.peak, 1, keep_dims=True),
-    )
-    return _join(known, _nothing(s_peak, t_peak, plan), inverse, plan)
+        tile = Statistics(s, t, dot, z_sum, z_count, others_q)
+        statistics = _merge(statistics, tile, inverse, plan)
+    student_maximum = tl.max(statistics.student.maximum, 1, keep_dims=True)
+    teacher_maximum = tl.max(statistics.teacher.maximum, 1, keep_dims=True)
+    return _merge(statistics, _empty(student_maximum, teacher_maximum, plan), inverse, plan)
 
 
 # --- combine ---
 
 
 @triton.jit
-def _total(row, mass, logits, place, inverse, plan: tl.constexpr):
-    # An index that names no class may not be followed: its element is NaN.
-    followed = place.kept & (place.label >= 0)
-    x = tl.load(
-        logits.address + place.label.to(tl.int64) * logits.stride, followed, other=float("nan")
-    ).to(tl.float32)
-    z = tl.where(place.kept, x - row.peak, 0.0)
+def _row(sums, others_q, logits, rows, inverse, plan: tl.constexpr):
+    # An index that names no class is not followed; its row becomes NaN.
+    followed = rows.kept & (rows.label >= 0)
+    address = logits.address + rows.label.to(tl.int64) * logits.stride
+    x = tl.load(address, followed, other=float("nan")).to(tl.float32)
+    z = tl.where(rows.kept, x - sums.maximum, 0.0)
     e, soft = _exponentials(z, inverse, plan.TEMPERATURE)
-    # The label is a maximum and exp(z) - 1 is 0, or another class is and counts 1 in `others`.
-    rest, soft_rest = row.others + (e - 1), row.soft_others + (soft - 1)
-    ce = _log1p(rest) - z
+    z = tl.where(sums.others + e > 0, z, float("nan"))  # a row without classes, all of them -inf
+    # If the label has the maximum, exp(z) - 1 is 0; if not, `others` contains the maximum's 1.
+    excess, soft_excess = sums.others + (e - 1), sums.soft_others + (soft - 1)
+    ce = _log1p(excess) - z
     if plan.PROBABILITIES:
-        ce = (mass + place.q) * _log1p(rest) - (row.qz + _product(place.q, z))
-    return Total(z, e, soft, rest, soft_rest, ce)
+        ce = (others_q + rows.q) * _log1p(excess) - (sums.qz + _product(rows.q, z))
+    return Row(z, e, soft, excess, soft_excess, ce)
 
 
 @triton.jit
 def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
     """Weight, soft term and loss of every row."""
     dot, z_sum = dot + _product(teacher.soft, student.z), z_sum + student.z
-    # 1e-7, of the official code, keeps the weight finite where the teacher's cross-entropy is 0.
-    # The student that rules the label out is infinitely worse than any teacher, also one that does the same.
-    weight = tl.where(
-        student.ce == float("inf"), 1.0, _one_minus_exp(student.ce / (teacher.ce + 1e-7))
-    )
-    soft = _log1p(student.soft_rest) - dot * settings.inverse / (1 + teacher.soft_rest)
+    # The official code adds 1e-7, which keeps the weight finite where the teacher's CE is 0.
+    # A student with infinite CE is infinitely worse than any teacher, also than one with inf.
+    ratio = student.ce / (teacher.ce + 1e-7)
+    weight = tl.where(student.ce == float("inf"), 1.0, _one_minus_exp(ratio))
+    soft = _log1p(student.soft_excess) - dot * settings.inverse / (1 + teacher.soft_excess)
     hard = student.ce
     if plan.SMOOTHING:
-        uniform = _log1p(student.rest) - z_sum / plan.CLASSES
+        uniform = _log1p(student.excess) - z_sum / plan.CLASSES
         hard = _product(1 - settings.smoothing, hard) + settings.smoothing * uniform
-    # A term with scale 0 is left out, so 0 never meets inf; weight 0 on an infinite soft term: the student rules out a
-    # class to which the teacher gives mass.
+    # Weight 0 on an infinite soft term: the student rules out a class to which the teacher gives
+    # mass. A term with scale 0 is left out, so that 0 never meets inf.
     weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
-    return (
-        weight,
-        soft,
-        _product(settings.hard_weight, hard) + _product(settings.alpha_t2, weighted),
-    )
+    loss = _product(settings.hard_weight, hard) + _product(settings.alpha_t2, weighted)
+    return weight, soft, loss
 
 
 # --- gradient ---
 
 
 @triton.jit
-def _scales(known, student, teacher, q, weight, unit, settings, plan: tl.constexpr):
-    """`unit` is the incoming gradient of every row, 0 where it is ignored; q is the label's mass."""
-    hard_weight, smoothed = (
-        settings.hard_weight * unit,
-        settings.hard_weight * settings.smoothing * unit,
-    )
-    of_q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
-    others_q = of_q * known.mass + smoothed
-    hard = (others_q + of_q * q) / (1 + student.rest)
-    soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_rest)
-    # Exactly 1 where student and teacher agree: their parts of the gradient cancel to the last digit.
-    ratio = tl.where(
-        student.soft_rest == teacher.soft_rest,
-        1.0,
-        (1 + student.soft_rest) / (1 + teacher.soft_rest),
-    )
-    # At the label p - 1 = -others / Z does not cancel where p is near 1, elsewhere p itself does not.
-    others, soft_others = known.student.others, known.student.soft_others
-    at_label = tl.where(others < student.e, others_q - hard * others, hard * student.e - of_q * q)
-    sure, unsure = (
-        ratio * known.teacher.soft_others - soft_others,
-        student.soft - ratio * teacher.soft,
-    )
-    at_label += soft * tl.where(soft_others < student.soft, sure, unsure) - uniform
-    return Scales(hard, soft, ratio, uniform, of_q, at_label)
+def _scales(statistics, student, teacher, label_q, weight, unit, settings, plan: tl.constexpr):
+    """Factors of the gradient; `unit` is what a row counts in the loss, 0 if ignored."""
+    hard_weight = settings.hard_weight * unit
+    smoothed = settings.hard_weight * settings.smoothing * unit
+    q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
+    others_q = q * statistics.others_q + smoothed
+    hard = (others_q + q * label_q) / (1 + student.excess)
+    soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_excess)
+    # Exactly 1 where student and teacher agree: their parts cancel to the last digit.
+    equal = student.soft_excess == teacher.soft_excess
+    ratio = tl.where(equal, 1.0, (1 + student.soft_excess) / (1 + teacher.soft_excess))
+    # At the label, p - 1 = -others / Z does not cancel where p is near 1; elsewhere p does not.
+    others, soft_others = statistics.student.others, statistics.student.soft_others
+    hard_confident = others_q - hard * others
+    at_label = tl.where(others < student.e, hard_confident, hard * student.e - q * label_q)
+    confident = ratio * statistics.teacher.soft_others - soft_others
+    difference = student.soft - ratio * teacher.soft
+    at_label += soft * tl.where(soft_others < student.soft, confident, difference) - uniform
+    return Scales(hard, soft, ratio, uniform, q, at_label)
 
 
 @triton.jit
-def _write(
-    gradient, student_z, teacher_z, target, start, place, scales, inverse, plan: tl.constexpr
+def _store_gradient(
+    gradient, student_z, teacher_z, target, start, rows, scales, inverse, plan: tl.constexpr
 ):
-    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) for one tile of classes, all scales included."""
-    lane, step, mask = _columns(start, place.exists, plan)
+    """hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t) of one tile, all scaled."""
+    lane, step, mask = _columns(start, rows.exists, plan)
     e, student_soft = _exponentials(student_z, inverse, plan.TEMPERATURE)
     _, teacher_soft = _exponentials(teacher_z, inverse, plan.TEMPERATURE)
-    # The soft terms first: they all but cancel where student and teacher agree, and hard may be small beside each.
-    out = (
-        _tile(scales.soft) * (student_soft - _tile(scales.ratio) * teacher_soft)
-        + _tile(scales.hard) * e
-    )
+    # The soft terms first: they nearly cancel where student and teacher agree, and the hard term
+    # may be small beside each of them.
+    difference = student_soft - _per_class(scales.ratio) * teacher_soft
+    value = _per_class(scales.soft) * difference + _per_class(scales.hard) * e
     if plan.SMOOTHING:
-        out -= _tile(scales.uniform)
+        value -= _per_class(scales.uniform)
     if plan.PROBABILITIES:
-        out -= _tile(scales.q) * _load(target, lane + step, mask, plan)
-    # Not the form of `_block`, or registers would hold the answers for all classes from there to here.
-    out = tl.where(lane - _tile(place.label) == -step, _tile(scales.at_label), out)
-    # Where logits are read twice, the gradient is not to drive them out of the cache.
+        value -= _per_class(scales.q) * _load(target, lane + step, mask, plan)
+    # The comparison differs from the one in `_tile_statistics`, or the compiler would share them
+    # and occupy registers for all classes from there to here.
+    value = tl.where(lane - _per_class(rows.label) == -step, _per_class(scales.at_label), value)
+    # Streamed if the logits are read twice, so that the gradient does not evict them from the L2.
     modifier: tl.constexpr = "" if plan.TILE >= plan.CLASSES else ".cs"
-    tl.store(_address(gradient, lane + step, plan), out, mask, cache_modifier=modifier)
+    tl.store(_address(gradient, lane + step, plan), value, mask, cache_modifier=modifier)
+
+
+# --- kernels ---
 
 
 @triton.jit
-def _run(
-    operands,
-    counted,
-    rows,
-    ignore_index,
-    upstream,
-    share,
-    settings,
-    GRADIENT: tl.constexpr,
-    plan: tl.constexpr,
-):
-    """A program's rows, their terms, loss and unit, what a row counts; with GRADIENT its gradient is written."""
+def _program(
+    operands, counted, row_count, ignore_index, share, settings,
+    GRADIENT: tl.constexpr, plan: tl.constexpr,
+):  # fmt: skip
+    """A program's rows, their terms, loss and unit. With GRADIENT, stores the gradient."""
     inverse = settings.inverse
-    blocks = tl.cdiv(rows, plan.ROWS)
+    blocks = tl.cdiv(row_count, plan.ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     row = (tl.program_id(0) % blocks).to(tl.int64) * plan.ROWS + tl.arange(0, plan.ROWS)
     student = _logits(operands[0], batch, row, plan.VECTOR)
     teacher = _logits(operands[1], batch, row, plan.VECTOR)
     target = _logits(operands[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
     gradient = _logits(operands[3], batch, row, plan.VECTOR)
-    place = _place(target, batch, row, rows, ignore_index, plan)
-    unit = _unit(
-        operands[2][0], counted, place.size, operands[2][3], ignore_index, share, plan.COUNT
-    )
-    if upstream is not None:
-        unit *= tl.load(_logits(upstream, batch, row, 1).address, place.kept, other=0.0).to(
-            tl.float32
-        )
-    lowest = tl.full(
-        [plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32
-    )  # of finite numbers
-    known = _nothing(lowest, lowest, plan)
+    rows = _rows(target, batch, row, row_count, ignore_index, plan)
+    labels = operands[2]
+    unit = _unit(labels[0], counted, rows.size, labels[3], ignore_index, share, plan.COUNT)
+    lowest = tl.full([plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32)  # of float32
+    statistics = _empty(lowest, lowest, plan)
     if plan.TILE >= plan.CLASSES:
-        student_z, teacher_z, s, t, dot, zs, n, mass = _block(
-            student, teacher, target, 0, place, known, inverse, plan
+        student_z, teacher_z, s, t, dot, z_sum, z_count, others_q = _tile_statistics(
+            student, teacher, target, 0, rows, statistics, inverse, plan
         )
-        known = Statistics(s, t, dot, zs, n, mass)
+        statistics = Statistics(s, t, dot, z_sum, z_count, others_q)
     else:
-        known = _walk(student, teacher, target, place, known, inverse, plan)
-    known = _across(known)
-    s = _total(known.student, known.mass, student, place, inverse, plan)
-    t = _total(known.teacher, known.mass, teacher, place, inverse, plan)
-    weight, soft, loss = _combine(s, t, known.dot, known.z_sum, settings, plan)
+        statistics = _all_tiles(student, teacher, target, rows, statistics, inverse, plan)
+    statistics = _across_lanes(statistics)
+    s = _row(statistics.student, statistics.others_q, student, rows, inverse, plan)
+    t = _row(statistics.teacher, statistics.others_q, teacher, rows, inverse, plan)
+    weight, soft, loss = _combine(s, t, statistics.dot, statistics.z_sum, settings, plan)
     if GRADIENT:
-        scales = _scales(
-            known, s, t, place.q, weight, tl.where(place.kept, unit, 0.0), settings, plan
-        )
+        kept_unit = tl.where(rows.kept, unit, 0.0)
+        scales = _scales(statistics, s, t, rows.q, weight, kept_unit, settings, plan)
+        student_maximum = _per_class(statistics.student.maximum)
+        teacher_maximum = _per_class(statistics.teacher.maximum)
         last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
         for back in range(0, plan.CLASSES, plan.TILE):
+            start = last - back
             if plan.TILE < plan.CLASSES:
-                lane, step, mask = _columns(last - back, place.kept, plan)
-                x, y = (
-                    _load(student, lane + step, mask, plan),
-                    _load(teacher, lane + step, mask, plan),
-                )
-                student_z = tl.where(mask, x - _tile(known.student.peak), float("-inf"))
-                teacher_z = tl.where(mask, y - _tile(known.teacher.peak), float("-inf"))
-            _write(
-                gradient, student_z, teacher_z, target, last - back, place, scales, inverse, plan
+                lane, step, mask = _columns(start, rows.kept, plan)
+                x = _load(student, lane + step, mask, plan)
+                y = _load(teacher, lane + step, mask, plan)
+                student_z = tl.where(mask, x - student_maximum, float("-inf"))
+                teacher_z = tl.where(mask, y - teacher_maximum, float("-inf"))
+            _store_gradient(
+                gradient, student_z, teacher_z, target, start, rows, scales, inverse, plan
             )
-    return place, (s.ce, t.ce, weight, soft), loss, unit
+    return rows, (s.ce, t.ce, weight, soft), loss, unit
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
-    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
-    gradient_b, gradient_c, gradient_r,
-    CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
-    COUNT: tl.constexpr, GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    student, teacher, target, gradient, loss, counted, row_count, ignore_index,
+    inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
+    student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
+    target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
+    CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr,
+    SMOOTHING: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, PIXELS: tl.constexpr, COUNT: tl.constexpr,
+    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Loss of every row, its share of the mean included, or with TERMS its four terms; with GRADIENT its gradient."""
-    place, terms, total, unit = _run(
-        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
-         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
-        counted, rows, ignore_index, None, share,
+    """Store the loss of every row times its unit, or with TERMS its four terms.
+
+    With GRADIENT, also store the gradient for an upstream gradient of 1.
+    """
+    operands = (
+        (student, student_b, student_c, student_r),
+        (teacher, teacher_b, teacher_c, teacher_r),
+        (target, target_b, target_c, target_r),
+        (gradient, gradient_b, gradient_c, gradient_r),
+    )
+    rows, terms, row_loss, unit = _program(
+        operands, counted, row_count, ignore_index, share,
         Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
-        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
+        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR,
+             TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
     if TERMS:
         for i in tl.static_range(4):
-            tl.store(
-                loss + i * place.size + place.index,
-                tl.where(place.kept, terms[i], 0.0),
-                place.exists,
-            )
+            term = tl.where(rows.kept, terms[i], 0.0)
+            tl.store(loss + i * rows.size + rows.index, term, rows.exists)
     else:
-        # Nothing to average: 0 / 0.
-        tl.store(loss + place.index, tl.where(place.kept, total, 0.0) * unit, place.exists)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def _backward_kernel(
-    student, teacher, target, gradient, upstream, counted, rows, ignore_index, inverse, alpha_t, alpha_t2, hard_weight,
-    smoothing, share, student_b, student_c, student_r, teacher_b, teacher_c, teacher_r, target_b, target_c, target_r,
-    gradient_b, gradient_c, gradient_r, upstream_b, upstream_r,
-    CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr, SMOOTHING: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr, PIXELS: tl.constexpr,
-    COUNT: tl.constexpr,
-):  # fmt: skip
-    """The gradient for any incoming gradient, from nothing but the logits: as many bytes as the forward kernel's."""
-    _run(
-        ((student, student_b, student_c, student_r), (teacher, teacher_b, teacher_c, teacher_r),
-         (target, target_b, target_c, target_r), (gradient, gradient_b, gradient_c, gradient_r)),
-        counted, rows, ignore_index, (upstream, upstream_b, 0, upstream_r), share,
-        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), True,
-        Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR, TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
-    )  # fmt: skip
+        # If all rows are ignored, the unit is inf and every row is 0 * inf = NaN.
+        tl.store(loss + rows.index, tl.where(rows.kept, row_loss, 0.0) * unit, rows.exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _scale_kernel(gradient, upstream, size):
-    """gradient *= upstream, in place and in float32; few programs, so that to find a factor of 1 takes no time."""
+    """gradient *= upstream, in place and in float32. Few programs, so a factor of 1 is cheap."""
     BLOCK: tl.constexpr = 2048
     factor = tl.load(upstream).to(tl.float32)
     if factor != 1:
         for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
             i = start + tl.arange(0, BLOCK)
-            if (
-                start + BLOCK <= size
-            ):  # without a mask, of which the compiler does not know that it allows 16 bytes
+            # Full blocks have no mask: the compiler cannot see that the mask allows 16 bytes.
+            if start + BLOCK <= size:
                 tl.store(gradient + i, tl.load(gradient + i).to(tl.float32) * factor)
             else:
-                tl.store(
-                    gradient + i, tl.load(gradient + i, i < size).to(tl.float32) * factor, i < size
-                )
+                inside = i < size
+                scaled = tl.load(gradient + i, inside).to(tl.float32) * factor
+                tl.store(gradient + i, scaled, inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def _count_kernel(target, counted, size, ignore_index):
-    """How many labels are not ignored, one part a program."""
+    """How many labels are not ignored, one part per program."""
     kept = tl.zeros([1024], tl.int32)
     for first in range(tl.program_id(0).to(tl.int64) * 1024, size, tl.num_programs(0) * 1024):
-        kept += _kept(target + first, tl.minimum(size - first, 1024).to(tl.int32), 1, ignore_index)
+        part = tl.minimum(size - first, 1024).to(tl.int32)
+        kept += _kept(target + first, part, 1, ignore_index)
     tl.store(counted + tl.program_id(0), tl.sum(kept, axis=0))
 
 
-# --- the functions that every implementation has ---
+# --- launches ---
 
-TAKES_MATRICES = False
-
-
-def forward(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
-) -> Tensor:
-    """The reduced loss; fills `gradient` for an incoming gradient of 1."""
-    loss = _launch_forward(student, teacher, target, options, gradient, False)
-    if options.reduction == "none":
-        return loss
-    total = loss.sum()  # of shares in the mean, where it is one
-    return total * math.nan if options.reduction == "mean" and loss.numel() == 0 else total
-
-
-def backward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    upstream: Tensor,
-    options: Options,
-    gradient: Tensor,
-) -> None:
-    """Fill `gradient` for the incoming gradient `upstream`, which is applied before rounding to the student's dtype."""
-    with torch.cuda.device_of(student):
-        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
-        b, _, r = _strides(upstream[:, None], student) if upstream.dim() else (0, 0, 0)
-        tensors = student, teacher, target, gradient, upstream, counted
-        _backward_kernel[(programs,)](*tensors, *scalars, b, r, **constants)
-
-
-def terms(student: Tensor, teacher: Tensor, target: Tensor, options: Options) -> Tensor:
-    """Student CE, teacher CE, weight and soft term of every row, (4, B, R); 0 where it is ignored."""
-    return _launch_forward(student, teacher, target, options._replace(reduction="none"), None, True)
-
-
-def scale_(gradient: Tensor, upstream: Tensor) -> None:
-    """Multiply a gradient that was formed for an incoming gradient of 1, in place; it is dense, whatever its order."""
-    programs = min(-(-gradient.numel() // 2048), 1024)
-    with torch.cuda.device_of(gradient):
-        _scale_kernel[(programs,)](gradient, upstream, gradient.numel(), num_warps=4)
-
-
-# Launches of the forward kernel by the description of their tensors: what runs it, and all arguments but these. To bind
-# and specialise them anew for every launch is much of what a small batch costs the host. Not of interpreted kernels.
+# Triton's interpreter, chosen by TRITON_INTERPRET=1 before the import, also runs CPU tensors.
+INTERPRETED = not isinstance(_forward_kernel, triton.JITFunction)
+# Fused multiply-adds are stated, because their default depends on the version of Triton. Without
+# them, kernels need more than the 128 registers that let 16 warps share a multiprocessor.
+FUSION: dict[str, Any] = {"enable_fp_fusion": True}
+# Launches of `_forward_kernel` by the description of their tensors: a bound kernel, and its
+# arguments but the tensors. Binding arguments takes most of the host's time for a small batch.
 _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
-def _launch_forward(
-    student: Tensor,
-    teacher: Tensor,
-    target: Tensor,
-    options: Options,
-    gradient: Tensor | None,
-    terms: bool,
+def run(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
 ) -> Tensor:
-    loss = student.new_empty((4,) * terms + student.shape[::2], dtype=torch.float32)
+    """Return the loss; see `weighted_soft_labels.backends`."""
+    reduction = options.reduction
+    shape = index_shape(student.shape)
+    loss = student.new_empty((4, *shape) if reduction == "terms" else shape, dtype=torch.float32)
+    # Without a gradient, its pointer is not followed.
     tensors = (student, teacher, target, student if gradient is None else gradient, loss)
+    with torch.cuda.device_of(student):  # Triton launches on the current device
+        _forward(tensors, options, gradient is not None)
+    if reduction in ("none", "terms"):
+        return loss
+    total = loss.sum()  # the rows of a mean are shares of it
+    return total * math.nan if reduction == "mean" and loss.numel() == 0 else total
+
+
+def multiply_(gradient: Tensor, factor: Tensor) -> None:
+    """Multiply a dense gradient in place, in float32.
+
+    `factor` has no dimension, or one entry per element of the loss.
+    """
+    if factor.dim():
+        gradient.mul_(factor.unsqueeze(1))
+        return
+    if factor.is_neg() or not factor.data_ptr():  # a kernel reads the numbers at the address
+        factor = factor.resolve_neg().clone()
+    programs = min(-(-gradient.numel() // 2048), 1024)
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(programs,)](gradient, factor, gradient.numel(), num_warps=4, **FUSION)
+
+
+def probe(tensor: Tensor) -> None:
+    """Compile, load and bind a kernel for the tensor's device, without launching it.
+
+    Raises:
+        Exception: Triton, a compiler, its cache or the driver does not work.
+    """
+    if not INTERPRETED:
+        if not tensor.is_cuda:
+            raise RuntimeError(
+                f"Triton runs on a GPU, or with TRITON_INTERPRET=1, got {tensor.device}"
+            )
+        with torch.cuda.device_of(tensor):
+            dtypes = (torch.float32, torch.float32)
+            kernel = _scale_kernel.warmup(*dtypes, 1, grid=(1,), num_warps=4, **FUSION)
+            kernel[(1, 1, 1)]  # loads and binds
+
+
+def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> None:
+    student, teacher, target, gradient, _ = tensors
     key = (
-        student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype, target.stride(),
-        target.dtype, student.device, options, terms, gradient is not None and (gradient.stride(), gradient.dtype),
+        student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype,
+        target.stride(), target.dtype, gradient.stride(), gradient.dtype, wanted,
+        student.device, options,
     )  # fmt: skip
     # Kernels are specialised for tensors that start on a multiple of 16 bytes.
-    repeats = student.shape[0] == 1 and not any(tensor.data_ptr() % 16 for tensor in tensors)
-    with torch.cuda.device_of(student):  # Triton launches on the current device
-        if repeats and key in _REPLAYS:
-            run, arguments = _REPLAYS[key]
-            run(*tensors, student, *arguments)
-            return loss
-        programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
-        constants |= {"GRADIENT": gradient is not None, "TERMS": terms}
-        compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants)
-    if repeats and compiled is not None and constants["COUNT"] != 2:
-        if len(_REPLAYS) == 256:
+    aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
+    replay = _REPLAYS.get(key) if aligned else None
+    if replay is not None:
+        bound, arguments = replay
+        bound(*tensors, student, *arguments)
+        return
+    programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
+    constants |= {"GRADIENT": wanted, "TERMS": options.reduction == "terms"}
+    compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants, **FUSION)
+    # An interpreted launch returns None. With COUNT = 2 another kernel has to count first.
+    if aligned and compiled is not None and constants["COUNT"] != 2:
+        if len(_REPLAYS) >= 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
         _REPLAYS[key] = compiled[(programs, 1, 1)], (*scalars, *constexprs)
-    return loss
-
-
-def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
-    """How the kernel gets at the denominator of the mean, see `_unit`; what depends on sizes alone is in a factor."""
-    counted = student  # any address will do where a pointer is not followed
-    if options.reduction != "mean" or target.is_floating_point():
-        return (
-            0,
-            counted,
-            1 / max(student.shape[0] * student.shape[2], 1) if options.reduction == "mean" else 1.0,
-        )
-    # To read 1024 labels takes no time, and saves a launch.
-    if target.numel() <= 1024 and (
-        len(target) == 1 or target.stride(0) == target.shape[1] * target.stride(1)
-    ):
-        return 1, counted, 1.0
-    labels = target.reshape(-1).contiguous()
-    counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
-    _count_kernel[counted.shape](labels, counted, labels.numel(), options.ignore_index, num_warps=4)
-    return 2, counted, 1.0
 
 
 def _launch(
-    student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor | None, options: Options
-) -> tuple[int, Tensor, tuple[Any, ...], dict[str, Any]]:
-    """How many programs, their arguments and what they are compiled for. Another number of rows compiles nothing.
+    student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor, options: Options
+) -> tuple[int, Tensor, list[Any], dict[str, Any]]:
+    """Return the number of programs, `counted`, the scalar arguments and the constants.
 
-    A thread holds 32 classes of both sets of logits at most. With more they do not fit into the 128 registers that let
-    16 warps share a multiprocessor; with fewer, what is computed once a thread and row costs more than the classes. So
-    a warp holds 1024 elements, and a row of 1000 classes needs no exchange between warps. With probabilities, or where
-    registers carry statistics from tile to tile, it is 16; then 16 warps walk over one row, and with few rows on their
-    way the second pass finds its row in the L2 cache.
+    A thread takes at most 32 classes of both sets of logits. More do not fit into the 128 registers
+    that let 16 warps share a multiprocessor. With fewer, the work per thread and row costs more
+    than the classes. So a warp takes 1024 elements, and 1000 classes need no exchange between
+    warps. With probabilities, or several tiles, other numbers need registers too: 16 classes. Then
+    16 warps share a row, and with few rows at a time, the second pass finds its row in the L2.
     """
-    batches, classes, rows = student.shape
-    if rows == 1:
-        batches, rows = 1, batches
+    batches, classes, rows = 1, student.shape[1], len(student)
+    if student.dim() == 3 and student.shape[2] != 1:
+        batches, rows = student.shape[0], student.shape[2]
     probabilities = target.is_floating_point()
-    # A label is where its row is, whatever the class.
+    # A label does not depend on the class: a view with a class stride of 0.
     q = target if probabilities else target[:, None].expand(student.shape)
-    tensors = (student, teacher, q, student if gradient is None else gradient)
-    strides = [_strides(tensor, student) for tensor in tensors]
+    operands = (student, teacher, q, gradient)
+    strides = [_strides(operand) for operand in operands]
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
-    walked = (0, 1, 2, 3) if probabilities else (0, 1, 3)
-    largest = max(tensors[i].element_size() for i in walked)
-    vector = (
-        1
-        if pixels
-        else math.gcd(16 // largest, classes, *(strides[i][j] for i in walked for j in (0, 2)))
-    )
+    per_class = [(x, s) for x, s in zip(operands, strides) if probabilities or x is not q]
+    vector = 1 if pixels else _vector(classes, per_class)
     lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
     k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
     if classes > (512 if pixels else 8192):
         lanes, k = 16 if pixels else 512, 16 // vector
     warps = max(4, lanes if pixels else lanes // 32)
     block = warps * 32 // lanes
-    mode, counted, share = _count(student, target, options)
-    alpha_t = options.alpha * options.temperature
-    inverse, alpha_t2 = 1 / options.temperature, alpha_t * options.temperature
-    settings = (inverse, alpha_t, alpha_t2, options.hard_weight, options.label_smoothing)
-    scalars = (
-        rows,
-        options.ignore_index,
-        *settings,
-        share,
-        *(stride for operand in strides for stride in operand),
-    )
+    count, counted, share = _count(student, target, options)
+    temperature = options.temperature
+    alpha_t = options.alpha * temperature
+    settings = (1 / temperature, alpha_t, alpha_t * temperature, options.hard_weight)
+    scalars: list[Any] = [rows, options.ignore_index, *settings, options.label_smoothing, share]
+    scalars.extend(stride for operand in strides for stride in operand)
     return batches * -(-rows // block), counted, scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
-        "TEMPERATURE": int(options.temperature) if options.temperature in (1, 2) else 0, "num_warps": warps,
-        "PROBABILITIES": probabilities, "SMOOTHING": options.label_smoothing > 0, "PIXELS": pixels, "COUNT": mode,
+        "TEMPERATURE": int(temperature) if temperature in (1, 2) else 0,
+        "PROBABILITIES": probabilities, "SMOOTHING": options.label_smoothing > 0,
+        "PIXELS": pixels, "COUNT": count, "num_warps": warps,
     }  # fmt: skip
 
 
-def _strides(tensor: Tensor, student: Tensor) -> tuple[int, int, int]:
-    """Of batch, class and row; (B, C, 1) is read as one batch of B rows. That of a single batch depends on its size."""
-    b, c, r = tensor.stride()
-    if student.shape[0] == 1:
+def _vector(classes: int, operands: list[tuple[Tensor, tuple[int, int, int]]]) -> int:
+    """How many classes, at most 16 bytes, a thread loads at once from every tensor.
+
+    More than one only if the classes of all tensors are neighbours in memory, as `_address` claims.
+    """
+    if any(strides[1] != 1 for _, strides in operands):
+        return 1
+    largest = max(x.element_size() for x, _ in operands)
+    return math.gcd(16 // largest, classes, *(s for _, (b, _, r) in operands for s in (b, r)))
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Strides of batch, class and row. (N, C) and (N, C, 1) are one batch of N rows."""
+    if x.dim() == 2:
+        row, column = x.stride()
+        return 0, column, row
+    b, c, r = x.stride()
+    if x.shape[0] == 1:  # the stride of a single batch may be any number
         return 0, c, r
-    return (0, c, b) if student.shape[2] == 1 else (b, c, r)
+    return (0, c, b) if x.shape[2] == 1 else (b, c, r)
+
+
+def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
+    """Return COUNT, `counted` and `share`; see `_unit`."""
+    counted = student  # stands for a pointer that is not followed
+    if options.reduction != "mean":
+        return 0, counted, 1.0
+    if target.is_floating_point():
+        return 0, counted, 1 / max(index_shape(student.shape).numel(), 1)
+    # Reading 1024 labels is cheaper than a launch. They need one stride.
+    *outer, inner = target.stride()
+    one_stride = len(target) == 1 or not outer or outer[0] == target.shape[1] * inner
+    if one_stride and target.numel() <= 1024:
+        return 1, counted, 1.0
+    labels = target.reshape(-1).contiguous()
+    counted = student.new_empty(min(256, -(-labels.numel() // 1024)), dtype=torch.int32)
+    arguments = (labels, counted, labels.numel(), options.ignore_index)
+    _count_kernel[counted.shape](*arguments, num_warps=4, **FUSION)
+    return 2, counted, 1.0
