@@ -30,8 +30,11 @@ def page(name: str) -> str:
 
 
 @pytest.mark.parametrize(("name", "least"), [(README, 3), (EXAMPLES, 6), (BENCHMARKS, 0)])
-def test_every_python_block_runs_and_prints_what_it_says(name: str, least: int) -> None:
+def test_every_python_block_runs_and_prints_what_it_says(
+    name: str, least: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)  # a block writes files
     namespace: dict[str, Any] = {}
     blocks = [block for block in FENCED.findall(page(name)) if "batch[" not in block]
     assert len(blocks) >= least
