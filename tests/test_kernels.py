@@ -307,7 +307,7 @@ def test_many_labels_are_counted_in_parts(size):
     assert counted.sum() == (target != -100).sum()
 
 
-@pytest.mark.parametrize("shape", [(600,), (600, 3), (3, 300)])
+@pytest.mark.parametrize("shape", [(600,), (130, 8), (3, 300)])
 def test_labels_that_are_not_contiguous(shape):
     student, teacher, _ = on_device(*problem((shape[0], 5, *shape[1:])))
     target = torch.arange(2 * math.prod(shape), device=DEVICE).view(*shape[:-1], -1) % 5
