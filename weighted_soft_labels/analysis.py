@@ -78,9 +78,10 @@ def wsl_terms(
         >>> terms.weight  # a student that equals its teacher: 1 - 1/e
         tensor([0.6321, 0.6321])
     """
-    options = check_options(Options(temperature=temperature, ignore_index=ignore_index))
+    checked = check_options(Options(temperature=temperature, ignore_index=ignore_index))
     check_tensors(student_logits, teacher_logits, target)
-    terms = distill(student_logits, teacher_logits, target, options._replace(reduction="terms"))
+    options = Options(checked.temperature, ignore_index=checked.ignore_index, reduction="terms")
+    terms = distill(student_logits, teacher_logits, target, options)
     return WSLTerms(*terms.float().unbind(0))
 
 
