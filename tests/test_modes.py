@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 from fractions import Fraction
+from importlib.util import find_spec
 from itertools import accumulate
 
 import numpy as np
@@ -220,6 +221,10 @@ def test_saved_tensors_that_a_hook_keeps_are_not_overwritten(dtype, reduction):
         assert all(map(torch.equal, kept, copies))
 
 
+@pytest.mark.skipif(
+    find_spec("weighted_soft_labels.backends.cpu_kernel") is None,
+    reason="the eager backend needs memory for blocks of logits beside the gradient",
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_peak_memory_is_one_gradient(dtype, reduction):
