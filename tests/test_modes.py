@@ -572,10 +572,6 @@ def test_ddp_fsdp2_and_dtensor(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
-@pytest.mark.skipif(
-    find_spec("weighted_soft_labels.backends.cpu_kernel") is None,
-    reason="with two threads, the eager backend hangs in a forked child, as torch.softmax does",
-)
 @pytest.mark.parametrize(("forced", "threads"), [("auto", 1), ("auto", 2), ("eager", 1)])
 def test_forked_child_computes_at_least_where_torch_softmax_does(forced, threads):
     """If the parent used OpenMP threads, softmax hangs in the child, and so does eager."""
