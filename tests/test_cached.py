@@ -782,7 +782,7 @@ def test_operators_are_what_they_claim_to_be():
                     (student.requires_grad_(), cached, target, wanted, *options, reduction),
                     test_utils=tests,
                 )
-            tensors = student, weight, None, cached, target, None, [True, True, False]
+            tensors = [student, weight], cached, target, None, [True, True, False]
             torch.library.opcheck(
                 torch.ops.weighted_soft_labels.cached_linear_loss.default,
                 (*tensors, *options, reduction, *settings),

@@ -309,17 +309,13 @@ def test_mixed_dtypes_of_student_and_teacher():
 
 def test_operator_is_what_it_claims_to_be():
     tensors = problem()
-    inputs = [
-        tensors[name].requires_grad_(name in NAMES)
-        for name in ("student_input", "student_weight", "student_bias")
-    ]
-    inputs += [
-        tensors[name] for name in ("teacher_input", "teacher_weight", "teacher_bias", "target")
-    ]
+    student = [tensors[f"student_{name}"].requires_grad_() for name in linear.Head._fields]
+    teacher = [tensors[f"teacher_{name}"] for name in linear.Head._fields]
     options = (2.0, 2.5, 1.0, 0.0, -100)
     for reduction, upstream in (("mean", None), ("none", None), ("none", torch.ones(ROWS))):
         settings = (0.5, 1.0, None, 2.0, 5, None, None)
-        arguments = (*inputs, upstream, [True, True, False], *options, reduction, *settings)
+        constants = teacher, tensors["target"], upstream, [True, True, False]
+        arguments = (student, *constants, *options, reduction, *settings)
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(
             torch.ops.weighted_soft_labels.linear_loss.default, arguments, test_utils=utilities

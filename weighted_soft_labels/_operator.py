@@ -40,23 +40,34 @@ def distill(
     # Detached, so that the loss does not keep the graphs of teacher and target alive.
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
-    loss: Tensor
     if not group and unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
-        if student.requires_grad and torch.is_grad_enabled():
-            loss = EagerLoss.apply(student, teacher, target, options, backend)
-            return loss
-        return form(student, teacher, target, False, options, backend.run)[0]
+        return run_eagerly(student, teacher, target, options, backend)
     packet = torch.ops.weighted_soft_labels.forward
     operator: Any = packet.sharded if group else packet.default
     # A compiler applies `use_backend` to its trace, not to the process in which the code will run.
     last = group or (backends.forced(),)
+    return dispatch(operator, student, teacher, target, *options, *last)
+
+
+def run_eagerly(
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, backend: ModuleType
+) -> Tensor:
+    """Return the loss in plain eager code, past the dispatcher."""
+    if student.requires_grad and torch.is_grad_enabled():
+        loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
+        return loss
+    return form(student, teacher, target, False, options, backend.run)[0]
+
+
+def dispatch(operator: Any, student: Tensor, teacher: Any, target: Tensor, *others: Any) -> Tensor:
+    """Return the loss by way of the dispatcher."""
+    outputs: tuple[Tensor, ...]
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        loss = operator(student, teacher, target, False, *options, *last)[0]
+        outputs = operator(student, teacher, target, False, *others)
     else:  # a transform of torch.func sees a Function, but not a kernel of the dispatcher
-        arguments = student, teacher, target, True, *options, *last
-        loss = SavedGradients.apply(operator, *arguments)[0]
-    return loss
+        outputs = SavedGradients.apply(operator, student, teacher, target, True, *others)
+    return outputs[0]
 
 
 _PLAIN = frozenset((Tensor, nn.Parameter))

@@ -133,10 +133,16 @@ def cached_wsl_loss(
     )
     _check_logits("student_logits", student_logits, target)
     cached = _check_cached(student_logits, cached)
-    rows, classes = target.numel(), student_logits.shape[-1]
-    student = student_logits.reshape(rows, classes)
-    loss = _distill(student, _flat(cached), target.detach().reshape(rows), options)
-    return loss.view(target.shape) if reduction == "none" else loss
+    rows, shape = target.numel(), target.shape
+    student = student_logits.reshape(rows, student_logits.shape[-1])
+    target, cached = target.detach().reshape(rows), _flat(cached)
+    if _operator.unobserved(student, *cached, target):
+        backend: Any = SimpleNamespace(run=partial(_run, _in_memory([*cached])))
+        loss = _operator.run_eagerly(student, student.detach(), target, options, backend)
+    else:
+        operator = torch.ops.weighted_soft_labels.cached_loss.default
+        loss = _operator.dispatch(operator, student, [*cached], target, *options)
+    return loss.view(shape) if reduction == "none" else loss
 
 
 def cached_linear_wsl_loss(
@@ -182,17 +188,12 @@ def cached_linear_wsl_loss(
     logits = linear.check_head("student", student, settings.product, False)
     _check_logits("student_logits", logits, target)
     cached = _flat(_check_cached(logits, cached))
-    rows = target.numel()
-    tensors = (
-        student_input.reshape(rows, student_weight.shape[1]),
-        student_weight,
-        student_bias,
-        list(cached),
-        target.detach().reshape(rows),
-    )
-    operator = torch.ops.weighted_soft_labels.cached_linear_loss
+    shape, rows = target.shape, target.numel()
+    operator = torch.ops.weighted_soft_labels.cached_linear_loss.default
+    target = target.detach().reshape(rows)
+    tensors = student.tensors(rows), [*cached], target
     loss: Tensor = operator(*tensors, None, [False] * 3, *options, *settings)[0]
-    return loss.view(target.shape) if reduction == "none" else loss
+    return loss.view(shape) if reduction == "none" else loss
 
 
 def compress(
@@ -791,35 +792,18 @@ def _spread_(
     logits.scatter_(1, teacher.place, kept)
 
 
-# --- the operator ---
+# --- the operators ---
 
 
-def _distill(student: Tensor, cached: CachedTeacher, target: Tensor, options: Options) -> Tensor:
-    """Return the loss; as `_operator.distill`, where the choices are explained."""
-    if _operator.unobserved(student, *cached, target):
-        run = partial(_run, _in_memory(cached))
-        constant = student.detach()
-        if student.requires_grad and torch.is_grad_enabled():
-            backend = SimpleNamespace(run=run)
-            loss: Tensor = _operator.EagerLoss.apply(student, constant, target, options, backend)
-            return loss
-        return _operator.form(constant, constant, target, False, options, run)[0]
-    operator = torch.ops.weighted_soft_labels.cached_loss.default
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return operator(student, list(cached), target, False, *options)[0]  # type: ignore[no-any-return]
-    arguments = student, list(cached), target, True, *options
-    return _operator.SavedGradients.apply(operator, *arguments)[0]  # type: ignore[no-any-return]
-
-
-def _in_memory(cached: CachedTeacher) -> CachedTeacher:
-    names = CachedTeacher._fields
-    return CachedTeacher(*(in_memory(f"cached.{name}", x) for name, x in zip(names, cached)))
+def _in_memory(cached: list[Tensor]) -> CachedTeacher:
+    named = zip(CachedTeacher._fields, cached)
+    return CachedTeacher(*(in_memory(f"cached.{name}", x) for name, x in named))
 
 
 def _forward(
     student: Tensor, cached: list[Tensor], target: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
-    run = partial(_run, _in_memory(CachedTeacher(*cached)))
+    run = partial(_run, _in_memory(cached))
     outputs = _operator.form(student, student, target, wanted, Options(*options), run)
     return _operator.tensors_only(*outputs)
 
@@ -840,13 +824,8 @@ _operator.define(
 )
 
 
-# --- from hidden states ---
-
-
 def _linear_forward(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
+    student: list[Tensor],
     cached: list[Tensor],
     target: Tensor,
     upstream: Tensor | None,
@@ -855,76 +834,21 @@ def _linear_forward(
 ) -> tuple[Tensor, ...]:
     """Return loss, scale (none) and gradients, as the operator of `linear_wsl_loss`."""
     options, settings = linear.split(others)
-    parameters: Any = student_input, student_weight, student_bias
-    head = linear.Head(
-        in_memory("student_input", student_input),
-        in_memory("student_weight", student_weight),
-        None if student_bias is None else in_memory("student_bias", student_bias),
-    )
+    head = linear.cast(linear.head_in_memory("student", student), settings.product)
     target = signed(in_memory("target", target)).long()
-    teacher = _in_memory(CachedTeacher(*cached))
-    losses, totals = _chunks(head, teacher, target, upstream, wanted, options, settings)
-    return linear.finished(losses, totals, parameters, target, wanted, options, settings)
+    classes = len(head.weight)
+    dtype = torch.promote_types(student[0].dtype, torch.float32)
+    teacher = _prepare(_in_memory(cached), target, classes, options, dtype)
 
-
-def _chunks(
-    student: linear.Head,
-    cached: CachedTeacher,
-    target: Tensor,
-    upstream: Tensor | None,
-    wanted: list[bool],
-    options: Options,
-    settings: linear.Settings,
-) -> tuple[Tensor, list[Tensor]]:
-    """A function of its own, so that the buffers are gone before a gradient is converted."""
-    dtype = torch.promote_types(student.input.dtype, torch.float32)
-    student = linear.cast(student, settings.product)
-    classes = len(student.weight)
-    teacher = _prepare(cached, target, classes, options, dtype)
-    buffers = linear.buffers_of(student, settings, classes, dtype)
-
-    def loss_of(part: slice, logits: Tensor, gradient: Tensor | None) -> Tensor:
-        rows = teacher.rows(part)
-        return _form_rows(logits, gradient, rows, rows.valid, options)
+    def loss_of(part: slice, chunk: linear.Buffers) -> Tensor:
+        rows, gradient = teacher.rows(part), chunk.gradient if any(wanted) else None
+        return _form_rows(chunk.student, gradient, rows, rows.valid, options)
 
     kept = target != options.ignore_index
-    return linear.accumulate(student, kept, upstream, wanted, settings, buffers, loss_of)
+    buffers = linear.buffers_of(head, settings, classes, dtype, of_teacher=False)
+    losses, totals = linear.accumulate(head, kept, upstream, wanted, settings, buffers, loss_of)
+    del buffers  # before a gradient is converted
+    return linear.finished(losses, totals, student, target, wanted, options, settings)
 
 
-def _linear_fake(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    _: list[Tensor],
-    target: Tensor,
-    upstream: Tensor | None,
-    wanted: list[bool],
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    parameters = student_input, student_weight, student_bias
-    wide = student_input.dtype == torch.float64
-    return linear.fake_outputs(parameters, target, wanted, wide, others)
-
-
-def _linear_autograd(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    cached: list[Tensor],
-    target: Tensor,
-    upstream: Tensor | None,
-    wanted: list[bool],
-    *others: Any,
-) -> tuple[Tensor, ...]:
-    tensors = student_input, student_weight, student_bias, cached, target
-    operator = torch.ops.weighted_soft_labels.cached_linear_loss.default
-    return linear.differentiable(operator, tensors, upstream, wanted, others)
-
-
-_operator.define(
-    "cached_linear_loss",
-    f"{linear.STUDENT}, Tensor[] cached, {linear.OTHERS}",
-    _linear_forward,
-    _linear_fake,
-    _linear_autograd,
-)
+linear.define("cached_linear_loss", _linear_forward)

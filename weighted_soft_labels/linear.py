@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
@@ -99,19 +98,12 @@ def linear_wsl_loss(
     settings = Settings(*scales, chunk_size, name)
     checks = student, teacher, target, options, settings
     options, settings = parallel.checked(name, _check, *checks)
-    rows = target.numel()
-    tensors = [
-        student_input.reshape(rows, student_weight.shape[1]),
-        student_weight,
-        student_bias,
-        teacher_input.reshape(rows, teacher_weight.shape[1]).detach(),
-        teacher_weight.detach(),
-        None if teacher_bias is None else teacher_bias.detach(),
-        target.reshape(rows).detach(),
-    ]
-    operator = torch.ops.weighted_soft_labels.linear_loss
-    loss: Tensor = operator(*tensors, None, [False] * 3, *options, *settings)[0]
-    return loss.view(target.shape) if reduction == "none" else loss
+    shape, rows = target.shape, target.numel()
+    operator = torch.ops.weighted_soft_labels.linear_loss.default
+    tensors = student.tensors(rows), [x.detach() for x in teacher.tensors(rows)]
+    target = target.detach().reshape(rows)
+    loss: Tensor = operator(*tensors, target, None, [False] * 3, *options, *settings)[0]
+    return loss.view(shape) if reduction == "none" else loss
 
 
 class Head(NamedTuple):
@@ -119,7 +111,12 @@ class Head(NamedTuple):
 
     input: Tensor
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
+
+    def tensors(self, rows: int) -> list[Tensor]:
+        """Return the tensors that are there, with inputs of (rows, H)."""
+        flat = self._replace(input=self.input.reshape(rows, self.weight.shape[1]))
+        return [x for x in flat if x is not None]
 
 
 class Settings(NamedTuple):
@@ -265,66 +262,42 @@ def _form_logits(out: Tensor, head: Head, scale: float, cap: float | None) -> No
 
 
 class Buffers(NamedTuple):
-    """Memory for one chunk, (rows, C)."""
+    """Memory for one chunk, (rows, C). The gradient may have the memory of the student's logits."""
 
     student: Tensor
-    teacher: Tensor
     gradient: Tensor
+    teacher: Tensor
+
+    def part(self, rows: slice) -> Buffers:
+        return Buffers(*(x[rows] for x in self))
 
 
-def buffers_of(student: Head, settings: Settings, largest: int, dtype: torch.dtype) -> Buffers:
+def buffers_of(
+    student: Head, settings: Settings, largest: int, dtype: torch.dtype, of_teacher: bool = True
+) -> Buffers:
+    """Return memory for the student's logits, their gradient and, if asked, the teacher's logits.
+
+    `largest` is the largest number of classes of a process.
+    """
     rows, width = student.input.shape
     # Kernels on a GPU read logits again after they have begun the gradient. A softcap needs them
     # after the gradient. Otherwise the gradient takes the place of the student's logits.
     separate = student.input.is_cuda or settings.student_softcap is not None
-    copies = 3 if separate else 2
+    # The range of float16 is too small for a gradient.
+    half = _sums(student.input) and student.input.dtype == torch.bfloat16
+    copies = 1 + separate + of_teacher
     size = settings.chunk_size
     if size is None:
         numerator = 34 if student.weight.element_size() == 2 else 72
         size = max(numerator * width // 64 // copies, 2**21 // max(1, largest))
-    # The range of float16 is too small for a gradient.
-    half = _sums(student.input) and student.input.dtype == torch.bfloat16
-    shape = 2 if half else copies, max(1, min(rows, size)), len(student.weight)
+    shape = copies - half, max(1, min(rows, size)), len(student.weight)
     # In one piece: of large ones, not of small ones, the memory returns to the system on a CPU.
     buffers = student.input.new_empty(shape, dtype=dtype)
-    gradient = torch.empty_like(buffers[0], dtype=torch.bfloat16) if half else buffers[-1]
-    return Buffers(buffers[1], buffers[0], gradient)
-
-
-def _chunks(
-    student: Head,
-    teacher: Head,
-    target: Tensor,
-    upstream: Tensor | None,
-    wanted: list[bool],
-    options: Options,
-    settings: Settings,
-    joined: tuple[eager.Shard | None, int],
-) -> tuple[Tensor, list[Tensor]]:
-    """Return the loss of every row, and the gradients of their sum weighted by `upstream`.
-
-    A function of its own, so that the buffers are gone before a gradient is converted.
-    """
-    shard, largest = joined
-    dtype = torch.promote_types(student.input.dtype, teacher.input.dtype)
-    dtype = torch.promote_types(dtype, torch.float32)
-    buffers = buffers_of(student, settings, largest, dtype)
-    each = options._replace(reduction="none")
-
-    def loss_of(part: slice, s: Tensor, g: Tensor | None) -> Tensor:
-        t = buffers.teacher[: len(s)]
-        teacher_chunk = teacher._replace(input=teacher.input[part])
-        _form_logits(t, teacher_chunk, settings.teacher_scale, settings.teacher_softcap)
-        run = partial(eager.run, shard=shard)
-        if shard is None:
-            run = backends.choose(s, t, target[part], settings.backend).run
-        return run(s, t, target[part], each, g)
-
-    kept = target != options.ignore_index
-    losses, totals = accumulate(student, kept, upstream, wanted, settings, buffers, loss_of)
-    if shard is not None and wanted[0]:
-        shard.all_reduce(totals[0])
-    return losses, totals
+    if half:
+        gradient = torch.empty_like(buffers[0], dtype=torch.bfloat16)
+    else:
+        gradient = buffers[1 if separate else 0]
+    return Buffers(buffers[0], gradient, buffers[-1])
 
 
 def accumulate(
@@ -334,14 +307,14 @@ def accumulate(
     wanted: list[bool],
     settings: Settings,
     buffers: Buffers,
-    loss_of: Callable[[slice, Tensor, Tensor | None], Tensor],
+    loss_of: Callable[[slice, Buffers], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of every row, and the gradients of their sum weighted by `upstream`.
 
     Args:
         kept: Rows that are not ignored, (N,).
-        loss_of: Takes a slice of rows, the student's logits of these rows, and memory for their
-            gradient or None, which may be the memory of the logits. Returns the losses.
+        loss_of: Takes a slice of rows and the buffers with the student's logits of these rows.
+            Returns the losses, and fills the gradient.
     """
     size, rows = len(buffers.student), len(kept)
     losses = buffers.student.new_empty(rows)
@@ -352,16 +325,19 @@ def accumulate(
     cap = settings.student_softcap
     for start in range(0, rows, size):
         part = slice(start, start + size)
-        s, g = (x[: rows - start] for x in (buffers.student, buffers.gradient))
+        chunk = buffers.part(slice(rows - start))
         # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
-        chunk = student._replace(input=student.input[part].where(kept[part, None], 0))
-        _form_logits(s, chunk, settings.student_scale, cap)
-        losses[part] = loss_of(part, s, g if any(wanted) else None)
+        head = student._replace(input=student.input[part].where(kept[part, None], 0))
+        _form_logits(chunk.student, head, settings.student_scale, cap)
+        losses[part] = loss_of(part, chunk)
+        if not any(wanted):
+            continue
+        gradient = chunk.gradient
         if upstream is not None:
-            g.mul_(upstream[part, None].where(kept[part, None], 0))
-        if cap is not None and any(wanted):
-            g.mul_(s.square_().mul_(-1 / cap**2).add_(1))  # the derivative of cap * tanh(x / cap)
-        _add_gradients(totals, wanted, chunk, g, part)
+            gradient.mul_(upstream[part, None].where(kept[part, None], 0))
+        if cap is not None:  # the derivative of cap * tanh(x / cap)
+            gradient.mul_(chunk.student.square_().mul_(-1 / cap**2).add_(1))
+        _add_gradients(totals, wanted, head, gradient, part)
     if rows == 0:
         totals = [total.zero_() for total in totals]
     return losses, totals
@@ -389,12 +365,8 @@ def _add_gradients(
 
 
 def _forward(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
+    student: list[Tensor],
+    teacher: list[Tensor],
     target: Tensor,
     upstream: Tensor | None,
     wanted: list[bool],
@@ -402,20 +374,52 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """Return loss, scale (none) and gradients. Reduction "none" has them for `upstream` alone."""
     options, settings = split(others)
-    parameters: Any = student_input, student_weight, student_bias
-    tensors = (*parameters, teacher_input, teacher_weight, teacher_bias, target)
-    tensors = parallel.checked(settings.group, _in_memory, *tensors)
-    target = signed(tensors.pop()).long()
-    student, teacher = (cast(Head(*head), settings.product) for head in (tensors[:3], tensors[3:]))
-    classes = len(student_weight), len(teacher_weight)
-    joined: tuple[eager.Shard | None, int] = None, classes[0]
+    heads = parallel.checked(settings.group, _in_memory, student, teacher, target)
+    target = signed(heads.pop()).long()
+    own, other = (cast(head, settings.product) for head in heads)
+    classes = len(own.weight), len(other.weight)
+    shard, largest = None, classes[0]
     if settings.group is not None:
-        dtypes = [None if x is None else x.dtype for x in tensors]
-        unlike = settings._replace(group=None)
-        agreed = options, unlike, dtypes, student_input.shape[1], wanted[0], upstream is None
-        joined = parallel.join(settings.group, target, classes, options.ignore_index, agreed)
-    losses, totals = _chunks(student, teacher, target, upstream, wanted, options, settings, joined)
-    return finished(losses, totals, parameters, target, wanted, options, settings)
+        dtypes = [x.dtype for x in student + teacher]
+        width, unlike = student[0].shape[1], settings._replace(group=None)
+        agreed = options, unlike, dtypes, width, wanted[0], upstream is None
+        shard, largest = parallel.join(
+            settings.group, target, classes, options.ignore_index, agreed
+        )
+    dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
+    dtype = torch.promote_types(dtype, torch.float32)
+    of_rows = options._replace(reduction="none")
+
+    def loss_of(part: slice, chunk: Buffers) -> Tensor:
+        s, g, t = chunk
+        teacher_rows = other._replace(input=other.input[part])
+        _form_logits(t, teacher_rows, settings.teacher_scale, settings.teacher_softcap)
+        run = partial(eager.run, shard=shard)
+        if shard is None:
+            run = backends.choose(s, t, target[part], settings.backend).run
+        return run(s, t, target[part], of_rows, g if any(wanted) else None)
+
+    kept = target != options.ignore_index
+    buffers = buffers_of(own, settings, largest, dtype)
+    losses, totals = accumulate(own, kept, upstream, wanted, settings, buffers, loss_of)
+    del buffers  # before a gradient is converted
+    if shard is not None and wanted[0]:
+        shard.all_reduce(totals[0])
+    return finished(losses, totals, student, target, wanted, options, settings)
+
+
+def split(others: tuple[Any, ...]) -> tuple[Options, Settings]:
+    last = len(Options._fields)
+    return Options(*others[:last]), Settings(*others[last:])
+
+
+def _in_memory(student: list[Tensor], teacher: list[Tensor], target: Tensor) -> list[Any]:
+    heads = head_in_memory("student", student), head_in_memory("teacher", teacher)
+    return [*heads, in_memory("target", target)]
+
+
+def head_in_memory(name: str, tensors: list[Tensor]) -> Head:
+    return Head(*(in_memory(f"{name}_{field}", x) for field, x in zip(Head._fields, tensors)))
 
 
 def cast(head: Head, product: torch.dtype | None) -> Head:
@@ -428,7 +432,7 @@ def cast(head: Head, product: torch.dtype | None) -> Head:
 def finished(
     losses: Tensor,
     totals: list[Tensor],
-    parameters: Any,
+    student: list[Tensor],
     target: Tensor,
     wanted: list[bool],
     options: Options,
@@ -436,27 +440,16 @@ def finished(
 ) -> tuple[Tensor, ...]:
     """Return what the operator returns, of the losses of rows and the gradients of their sum."""
     mean = options.reduction == "mean"
-    kept = (target != options.ignore_index).sum().to(losses.dtype)
+    count = (target != options.ignore_index).sum().to(losses.dtype)
     if mean or settings.student_scale != 1:
-        divisor = (kept.clamp(min=1) if mean else 1) / settings.student_scale
+        divisor = (count.clamp(min=1) if mean else 1) / settings.student_scale
         totals = [total.div_(divisor) for total in totals]
-    gradients = [
-        total.to(_saved_dtype(x)) if want else total
-        for x, want, total in zip(parameters, wanted, totals)
-    ]
+    for i, x in enumerate(student):
+        if wanted[i]:
+            totals[i] = totals[i].to(_saved_dtype(x))
     if options.reduction != "none":
-        losses = losses.sum() / kept if mean else losses.sum()
-    return losses, losses.new_empty(0), *gradients
-
-
-def split(others: tuple[Any, ...]) -> tuple[Options, Settings]:
-    last = len(Options._fields)
-    return Options(*others[:last]), Settings(*others[last:])
-
-
-def _in_memory(*tensors: Tensor | None) -> list[Tensor | None]:
-    names = [f"{model}_{field}" for model in ("student", "teacher") for field in Head._fields]
-    return [x if x is None else in_memory(name, x) for name, x in zip((*names, "target"), tensors)]
+        losses = losses.sum() / count if mean else losses.sum()
+    return losses, losses.new_empty(0), *totals
 
 
 def _saved_dtype(x: Tensor) -> torch.dtype:
@@ -465,36 +458,21 @@ def _saved_dtype(x: Tensor) -> torch.dtype:
 
 
 def _fake(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
+    student: list[Tensor],
+    teacher: list[Tensor],
     target: Tensor,
     upstream: Tensor | None,
     wanted: list[bool],
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    wide = torch.float64 in (student_input.dtype, teacher_input.dtype)
-    parameters = student_input, student_weight, student_bias
-    return fake_outputs(parameters, target, wanted, wide, others)
-
-
-def fake_outputs(
-    parameters: Any,
-    target: Tensor,
-    wanted: list[bool],
-    wide: bool,
-    others: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
     options, _ = split(others)
     shape = target.shape if options.reduction == "none" else ()
+    wide = torch.float64 in (student[0].dtype, teacher[0].dtype)
     loss = target.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-    gradients = [
-        loss.new_empty(x.shape, dtype=_saved_dtype(x)) if want else loss.new_empty(0)
-        for x, want in zip(parameters, wanted)
-    ]
+    gradients = [loss.new_empty(0) for _ in range(3)]
+    for i, x in enumerate(student):
+        if wanted[i]:
+            gradients[i] = loss.new_empty(x.shape, dtype=_saved_dtype(x))
     return loss, loss.new_empty(0), *gradients
 
 
@@ -510,17 +488,16 @@ class Recomputed(Function):
     def forward(
         ctx: Any,
         operator: Any,
-        tensors: tuple[Any, ...],
+        teacher: list[Tensor],
+        target: Tensor,
         wanted: list[bool],
         others: Any,
-        *student: Any,
+        *student: Tensor,
     ) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
-            loss: Tensor = operator(*tensors, None, [False] * 3, *others)[0]
-            flat, ctx.spec = tree_flatten(tensors)
-            copies = torch.ops.weighted_soft_labels.copies([x for x in flat if x is not None])
-        ctx.operator = operator
-        ctx.absent = [x is None for x in flat]
+            loss: Tensor = operator(list(student), teacher, target, None, [False] * 3, *others)[0]
+            copies = torch.ops.weighted_soft_labels.copies([*student, *teacher, target])
+        ctx.operator, ctx.parameters = operator, len(student)
         ctx.wanted, ctx.others = wanted, others
         ctx.save_for_backward(loss, *copies)
         return loss
@@ -528,62 +505,59 @@ class Recomputed(Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         _operator.refuse_batched(upstream)
-        loss, *copies = ctx.saved_tensors
-        present = iter(copies)
-        flat = [None if absent else next(present) for absent in ctx.absent]
-        tensors = tree_unflatten(flat, ctx.spec)
+        loss, *tensors, target = ctx.saved_tensors
+        student, teacher = tensors[: ctx.parameters], tensors[ctx.parameters :]
         with torch._C._AutoDispatchBelowAutograd():
-            gradients = ctx.operator(*tensors, upstream, ctx.wanted, *ctx.others)[2:]
-        results: list[Tensor | None] = [None] * 3
-        for i, gradient in enumerate(gradients):
+            outputs = ctx.operator(student, teacher, target, upstream, ctx.wanted, *ctx.others)
+        results: list[Tensor | None] = [None] * len(student)
+        for i, x in enumerate(student):
             if ctx.wanted[i]:
-                results[i] = gradient.to(tensors[i].dtype)
+                results[i] = outputs[2 + i].to(x.dtype)
                 if torch.is_grad_enabled():
                     refuse = _operator.RefuseSecondDerivative.apply
                     results[i] = refuse(results[i], loss, upstream)
-        return None, None, None, None, *results
+        return None, None, None, None, None, *results
 
 
 def _autograd(
-    student_input: Tensor,
-    student_weight: Tensor,
-    student_bias: Tensor | None,
-    teacher_input: Tensor,
-    teacher_weight: Tensor,
-    teacher_bias: Tensor | None,
+    find_operator: Callable[[], Any],
+    student: list[Tensor],
+    teacher: list[Tensor],
     target: Tensor,
     upstream: Tensor | None,
     wanted: list[bool],
     *others: Any,
 ) -> tuple[Tensor, ...]:
-    student = student_input, student_weight, student_bias
-    tensors = *student, teacher_input, teacher_weight, teacher_bias, target
-    operator = torch.ops.weighted_soft_labels.linear_loss.default
-    return differentiable(operator, tensors, upstream, wanted, others)
-
-
-def differentiable(
-    operator: Any,
-    tensors: tuple[Any, ...],
-    upstream: Tensor | None,
-    wanted: list[bool],
-    others: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
-    """Wrap an operator whose first three tensors are the student's parameters."""
     if torch._C._are_functorch_transforms_active():
         _operator.refuse_transforms()
-    grad, student = torch.is_grad_enabled(), tensors[:3]
-    wanted = [
-        want or (grad and x is not None and x.requires_grad) for want, x in zip(wanted, student)
-    ]
+    operator, grad = find_operator(), torch.is_grad_enabled()
+    requires = [grad and x.requires_grad for x in student] + [False]
+    wanted = [want or required for want, required in zip(wanted, requires)]
     options, _ = split(others)
     if options.reduction == "none" and upstream is None and any(wanted):
-        loss = Recomputed.apply(operator, tensors, wanted, others, *student)
+        loss = Recomputed.apply(operator, teacher, target, wanted, others, *student)
         return loss, *(loss.new_empty(0) for _ in range(4))
-    outputs: tuple[Tensor, ...] = _operator.SavedGradients.apply(
-        operator, *tensors, upstream, wanted, *others
-    )
+
+    def of_three(a: Tensor, b: Tensor, c: Tensor | None, *rest: Any) -> Any:
+        return operator([a, b] if c is None else [a, b, c], *rest)
+
+    three = (*student, None)[:3]
+    arguments = *three, teacher, target, upstream, wanted, *others
+    outputs: tuple[Tensor, ...] = _operator.SavedGradients.apply(of_three, *arguments)
     return outputs
+
+
+def define(name: str, forward: Any) -> None:
+    """Register an operator of the student's last layer and `teacher`, a head or something else."""
+    schema = (
+        "Tensor[] student, Tensor[] teacher, Tensor target, Tensor? upstream, bool[] wanted, "
+        f"{_operator.OPTIONS}, float student_scale, float teacher_scale, float? student_softcap, "
+        "float? teacher_softcap, int? chunk_size, str? group, ScalarType? product, "
+        'str backend="auto") -> (Tensor, Tensor, Tensor, Tensor, Tensor)'
+    )
+    operators = torch.ops.weighted_soft_labels
+    autograd = partial(_autograd, lambda: getattr(operators, name).default)
+    _operator.define(name, schema, forward, _fake, autograd)
 
 
 def _copies(tensors: list[Tensor]) -> list[Tensor]:
@@ -594,19 +568,6 @@ def _fake_copies(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.empty_like(x) for x in tensors]
 
 
-STUDENT = "Tensor student_input, Tensor student_weight, Tensor? student_bias"
-OTHERS = (
-    f"Tensor target, Tensor? upstream, bool[] wanted, {_operator.OPTIONS}, float student_scale, "
-    "float teacher_scale, float? student_softcap, float? teacher_softcap, int? chunk_size, "
-    'str? group, ScalarType? product, str backend="auto"'
-    ") -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-_operator.define(
-    "linear_loss",
-    f"{STUDENT}, Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, {OTHERS}",
-    _forward,
-    _fake,
-    _autograd,
-)
+define("linear_loss", _forward)
 # An operator, so that a compiler cannot replace the copies by the tensors that they are copies of.
 _operator.define("copies", "Tensor[] x) -> Tensor[]", _copies, _fake_copies, _copies)
