@@ -14,12 +14,13 @@ fi
 export TRITON_CACHE_DIR
 
 check() { # name, command...
-    local name=$1 log result
+    local name=$1 log result last
     log=$(mktemp)
     shift
     echo "=== $name: $*"
     if "$@" 2>&1 | tee "$log"; then result=passed; else result=FAILED failed=1; fi
-    printf '%-22s %s  %s\n' "$name" "$result" "$(grep -E "$last_lines" "$log" | tail -1)" >>"$summary"
+    last=$(grep -E "$last_lines" "$log" | tail -1)
+    printf '%-22s %s  %s\n' "$name" "$result" "$last" >>"$summary"
     rm -f "$log"
 }
 last_lines='passed|failed|ERROR SUMMARY|RACECHECK SUMMARY|kernels, '
@@ -43,7 +44,8 @@ fi
 check compile_report python benchmarks/compile_report.py
 check benchmark python benchmarks/bench_loss.py
 check training_step python benchmarks/bench_step.py
-check cifar_epoch python examples/cifar.py --loss ce --fake-data 50000 --epochs 1 --out "$(mktemp -d)"
+check cifar_epoch python examples/cifar.py --loss ce --fake-data 50000 --epochs 1 \
+    --out "$(mktemp -d)"
 check figures python benchmarks/plot.py
 cat "$summary"
 exit $failed

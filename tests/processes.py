@@ -19,11 +19,20 @@ def in_processes(function: Callable[[int, int, str], None], world: int, tmp_path
     """Run `function(rank, world, folder)` in `world` new processes."""
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=function, args=(rank, world, str(tmp_path))) for rank in range(world)
+        context.Process(target=_run_and_exit, args=(function, rank, world, str(tmp_path)))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()
     wait(processes)
+
+
+def _run_and_exit(function: Callable[[int, int, str], None], *arguments: object) -> None:
+    function(*arguments)
+    # Without the interpreter's shutdown, in which threads of torch's collectives sometimes abort.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def wait(processes: list[multiprocessing.process.BaseProcess], limit: float = LIMIT) -> None:

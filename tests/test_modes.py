@@ -382,7 +382,8 @@ def test_options_are_whatever_is_a_number(compiled, options):
             compiled(lambda *inputs: wsl_loss(*inputs, **options)), STUDENT, TEACHER, TARGET
         )
     except Exception as error:
-        assert "in compiled code" in str(error) or OLD  # noqa: PT017 (2.7's compiler gives up before the message)
+        # The compiler of torch 2.7 gives up before the message.
+        assert "in compiled code" in str(error) or OLD  # noqa: PT017
     else:
         torch.testing.assert_close(found, EXPECTED)
 
