@@ -55,7 +55,7 @@ from weighted_soft_labels.analysis import wsl_terms
 
 LR = 3e-3  # maximum of the one-cycle schedule
 METHODS = ("CE", "KD", "WSL", "uniform", "masked", "balanced")
-MARKERS = dict(zip(METHODS, "Do*s^v"))
+MARKERS = dict(zip(METHODS, "DoXs^v"))
 DIFFERENCES = (
     ("WSL", "KD"),
     ("WSL", "uniform"),
@@ -338,7 +338,8 @@ def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
     names = [name_of(row) for row in summary]
     axes.set_yticks([-place for place in range(len(summary))], names, fontsize=8)
     axes.set_xlabel("test accuracy of WSL (points)")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.01)
+    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
 
 
 def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
