@@ -82,24 +82,29 @@ def test_losses_are_what_the_docstring_says(method: str, k: int) -> None:
     torch.testing.assert_close(gradient, exact, rtol=1e-4, atol=1e-7)
 
 
-def test_mistakes_are_in_the_drawn_rows_alone() -> None:
+def test_mistakes_are_in_the_share_of_rows_alone() -> None:
     logits = torch.arange(20.0)[:, None, None] * 100 + torch.arange(6.0)[:, None] + torch.rand(8)
-    few, many = (script.draw_rows(20, share, 3) for share in (0.2, 0.5))
-    assert (len(few), len(many)) == (4, 10)
-    assert set(few.tolist()) < set(many.tolist())
-    assert set(few.tolist()) != set(script.draw_rows(20, 0.2, 4).tolist())
-    untouched = torch.ones(20, dtype=torch.bool).index_fill(0, many, False)
-    assert script.make_mistakes(logits, "none", many[:0]) is logits
+    assert torch.equal(script.make_mistakes(logits, "none", 0.0), logits)
     for mistakes in ("exchanged", "shifted"):
-        wrong = script.make_mistakes(logits, mistakes, many)
-        assert torch.equal(wrong[untouched], logits[untouched])
-        assert (wrong[many] != logits[many]).all()
+        wrong = script.make_mistakes(logits, mistakes, 0.2)
+        assert torch.equal(wrong[4:], logits[4:])
+        assert (wrong[:4] != logits[:4]).all()
         if mistakes == "exchanged":
-            source = (wrong[many][:, 0, 0] // 100).long()
-            assert sorted(source.tolist()) == sorted(many.tolist())
-            assert torch.equal(wrong[many], logits[source])
+            source = (wrong[:4, 0, 0] // 100).long()
+            assert sorted(source.tolist()) == [0, 1, 2, 3]
+            assert torch.equal(wrong[:4], logits[source])
         else:
-            assert torch.equal(wrong[many][:, 1:], logits[many][:, :-1])
+            assert torch.equal(wrong[:4, 1:], logits[:4, :-1])
+
+
+def test_batches_mix_wrong_rows_with_others() -> None:
+    """The order of the batches must not follow the rows that are wrong, the first ones."""
+    for seed in range(6):
+        order = script.lm.draw_order(1024, 256, 8, seed)
+        wrong = (order < 205).float().mean(1)
+        assert wrong.mean().item() == pytest.approx(0.2, abs=0.001)
+        assert wrong.std().item() < 0.2
+        assert wrong[:26].mean().item() < 0.35
 
 
 def test_kinds_share_out_the_tokens() -> None:

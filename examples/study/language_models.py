@@ -189,21 +189,11 @@ def kinds_of(rows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tens
 # --- mistakes: those of a share include those of every smaller share, for the same seed ---
 
 
-def draw_rows(rows: int, share: float, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(rows, generator=generator)[: round(share * rows)]
-
-
-def make_mistakes(logits: Tensor, mistakes: str, drawn: Tensor) -> Tensor:
-    """Return the logits, wrong in the rows that are drawn."""
-    if mistakes == "none":
-        return logits
-    logits = logits.clone()
-    if mistakes == "exchanged":
-        logits[drawn] = logits[drawn.roll(1)]
-    else:
-        logits[drawn] = logits[drawn].roll(1, 1)
-    return logits
+def make_mistakes(logits: Tensor, mistakes: str, share: float) -> Tensor:
+    """Return the logits, wrong in the first rows. Rows are in random order, so these are too."""
+    wrong = round(share * len(logits))
+    rolled = logits[:wrong].roll(1, 0 if mistakes == "exchanged" else 1)
+    return torch.cat((rolled, logits[wrong:]))
 
 
 # --- losses, at T = 1 ---
@@ -341,13 +331,12 @@ def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
         if setting.teacher not in teachers:
             teachers = {setting.teacher: make_teacher(args, setting.teacher, text, rows, seed)}
         teacher = teachers[setting.teacher]
-        wrong_rows = draw_rows(len(rows), setting.share, seed)
-        logits = make_mistakes(teacher.logits, setting.mistakes, wrong_rows)
+        logits = make_mistakes(teacher.logits, setting.mistakes, setting.share)
         cached = compress(logits, rows[:, 1:], setting.k, temperature=1.0)
         right = likeliest(cached)
         masks = kinds | {"right": right, "wrong": ~right}
-        if len(wrong_rows):
-            masks["misaligned"] = torch.zeros_like(right).index_fill(0, wrong_rows, True)
+        if setting.share:
+            masks["misaligned"] = (logits != teacher.logits).any(-1)
         measured = dict.fromkeys(MEASURED) | {
             "teacher_bits": teacher.bits,
             "outside": cached.log_rest.exp().mean().item(),
