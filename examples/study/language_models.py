@@ -18,7 +18,7 @@ the held-out text. Lower is better. For every seed, students train at T = 1 and 
 The teacher runs once. For every token, the 64 likeliest of 512 classes are stored. The others count
 as one class. The teacher is
 
-    good          larger than the student, trained on all of the training text
+    good          larger than the student, trained on seven times as much text, in other rows
     weak          the same model after 160 steps instead of 900
     other text    the same model trained on Python's documentation (`pydoc_data.topics`)
 
@@ -30,9 +30,10 @@ and the good teacher's logits are wrong before they are stored:
 hard_weight is 0.5. KD, WSL and balanced also train at 0 and 1, from the good teacher as it is and
 with 20 % exchanged. KD and WSL also train from 8, 16 and all classes of the good teacher.
 
-A seed decides the first weights, the batches, the student's text and the sequences with wrong
-logits. The tokenizer and the held-out text are the same for all seeds. All students of a seed start
-alike and see the same batches. A seed takes about 14 minutes of one core.
+A seed decides the first weights, the batches, the rows of student and teacher, and which sequences
+have wrong logits. The tokenizer and the held-out text are the same for all seeds. All students of a
+seed start alike and see the same batches. A seed trains 54 students and three teachers, which takes
+about 14 minutes of one core.
 
 The folder --out gets language_models.csv (a row for every seed, setting and loss), its means and
 95 % intervals in language_models_summary.csv, options and hardware in language_models.json, and a
@@ -162,8 +163,9 @@ def full_rows(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: 
 
 def check_text(args: argparse.Namespace) -> None:
     rows = len(load_text(args.vocabulary, args.length, args.characters).library)
-    if not args.batch_size <= args.rows <= rows:
-        raise ValueError(f"--rows must be in [--batch-size, {rows}], got {args.rows}")
+    most = rows - args.batch_size  # the teacher trains on the other rows
+    if not args.batch_size <= args.rows <= most:
+        raise ValueError(f"--rows must be in [--batch-size, {most}], got {args.rows}")
 
 
 def kinds_of(rows: Tensor, tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -300,52 +302,71 @@ def bits_per_byte(args: argparse.Namespace, model: nn.Module, text: Text) -> flo
     return nats / math.log(2) / text.bytes
 
 
+class Split(NamedTuple):
+    """Rows of the training text, in random order."""
+
+    student: Tensor
+    teacher: Tensor
+
+
 class Teacher(NamedTuple):
     logits: Tensor  # of the student's rows, (rows, length, vocabulary)
     bits: float  # per byte of the held-out text
 
 
 def make_teacher(
-    args: argparse.Namespace, name: str, text: Text, rows: Tensor, seed: int
+    args: argparse.Namespace, name: str, text: Text, split: Split, seed: int
 ) -> Teacher:
     torch.manual_seed(seed)
     model = lm.small_llama(args.vocabulary, width=128, layers=3)
     steps = args.weak_steps if name == "weak" else args.teacher_steps
-    own = text.other if name == "other text" else text.library
-    train(args, model, own, steps, make_loss("CE", 0.0, 1.0), seed)
+    rows = text.other if name == "other text" else split.teacher
+    train(args, model, rows, steps, make_loss("CE", 0.0, 1.0), seed)
     with torch.inference_mode():
-        logits = torch.cat([predict(args, model, part) for part in rows.split(32)])
+        logits = torch.cat([predict(args, model, part) for part in split.student.split(32)])
     return Teacher(logits, bits_per_byte(args, model, text))
 
 
 def replicate(args: argparse.Namespace, seed: int) -> list[Row]:
     text = load_text(args.vocabulary, args.length, args.characters)
-    generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randperm(len(text.library), generator=generator)[: args.rows]
-    rows = text.library[drawn]
-    kinds = kinds_of(rows, text.tokenizer)
-    row = make_student(args, seed, text, rows, "CE", Setting(), None)[0]
+    order = torch.randperm(len(text.library), generator=torch.Generator().manual_seed(seed))
+    split = Split(text.library[order[: args.rows]], text.library[order[args.rows :]])
+    row, _ = make_student(args, seed, text, split.student, "CE", Setting(), None)
     results = [row | dict.fromkeys(MEASURED)]
     teachers: dict[str, Teacher] = {}
     for setting, methods in settings(args).items():
-        if setting.teacher not in teachers:
-            teachers = {setting.teacher: make_teacher(args, setting.teacher, text, rows, seed)}
+        if setting.teacher not in teachers:  # one at a time, as the logits take 270 MB
+            teachers = {setting.teacher: make_teacher(args, setting.teacher, text, split, seed)}
         teacher = teachers[setting.teacher]
-        logits = make_mistakes(teacher.logits, setting.mistakes, setting.share)
-        cached = compress(logits, rows[:, 1:], setting.k, temperature=1.0)
-        right = likeliest(cached)
-        masks = kinds | {"right": right, "wrong": ~right}
-        if setting.share:
-            masks["misaligned"] = (logits != teacher.logits).any(-1)
-        measured = dict.fromkeys(MEASURED) | {
-            "teacher_bits": teacher.bits,
-            "outside": cached.log_rest.exp().mean().item(),
-            "teacher_right": right.float().mean().item(),
-        }
-        for method in methods:
-            row, weight = make_student(args, seed, text, rows, method, setting, cached)
-            mean = {f"weight_{name}": weight[mask].nanmean().item() for name, mask in masks.items()}
-            results.append(row | measured | {"weight": weight.nanmean().item()} | mean)
+        results += distill(args, seed, text, split.student, setting, methods, teacher)
+    return results
+
+
+def distill(
+    args: argparse.Namespace,
+    seed: int,
+    text: Text,
+    rows: Tensor,
+    setting: Setting,
+    methods: Sequence[str],
+    teacher: Teacher,
+) -> list[Row]:
+    logits = make_mistakes(teacher.logits, setting.mistakes, setting.share)
+    cached = compress(logits, rows[:, 1:], setting.k, temperature=1.0)
+    right = likeliest(cached)
+    masks = kinds_of(rows, text.tokenizer) | {"right": right, "wrong": ~right}
+    if setting.share:
+        masks["misaligned"] = (logits != teacher.logits).any(-1)
+    measured = dict.fromkeys(MEASURED) | {
+        "teacher_bits": teacher.bits,
+        "teacher_right": right.float().mean().item(),
+        "outside": cached.log_rest.exp().mean().item(),
+    }
+    results = []
+    for method in methods:
+        row, weight = make_student(args, seed, text, rows, method, setting, cached)
+        means = {f"weight_{name}": weight[mask].nanmean().item() for name, mask in masks.items()}
+        results.append(row | measured | {"weight": weight.nanmean().item()} | means)
     return results
 
 
