@@ -33,7 +33,7 @@ with 20 % exchanged. KD and WSL also train from 8, 16 and all classes of the goo
 A seed decides the first weights, the batches, the rows of student and teacher, and which sequences
 have wrong logits. The tokenizer and the held-out text are the same for all seeds. All students of a
 seed start alike and see the same batches. A seed trains 54 students and three teachers, which takes
-about 14 minutes of one core.
+about 12 minutes of one core.
 
 The folder --out gets language_models.csv (a row for every seed, setting and loss), its means and
 95 % intervals in language_models_summary.csv, options and hardware in language_models.json, and a
