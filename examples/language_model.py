@@ -108,7 +108,7 @@ def train(
     args: argparse.Namespace,
 ) -> PreTrainedModel:
     """Train a model; continue with the last checkpoint in args.out / name, if there is one."""
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = make_optimizer(model)
     model, optimizer = accelerator.prepare(model.train(), optimizer)
     first = load_checkpoint(args.out / name, accelerator)
     batches = plan(len(rows), steps, seed, accelerator, args)[first * args.accumulate :]
@@ -150,6 +150,10 @@ def train(
     return accelerator.unwrap_model(model).eval()
 
 
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.01)
+
+
 def predict(model: nn.Module, batch: dict[str, Any], classes: int) -> Tensor:
     """Return logits (batch, n - 1, classes) for rows of n tokens: position i predicts token i + 1.
 
@@ -167,13 +171,23 @@ def ce_loss(logits: Tensor, target: Tensor) -> Tensor:
 def kd_loss(
     logits: Tensor, cached: CachedTeacher, target: Tensor, alpha: float, hard_weight: float
 ) -> Tensor:
-    """KD at T = 1. The classes that are not kept count as one class. WSL with all weights 1."""
-    log_p, kept = F.log_softmax(logits.float(), -1), cached.index.long()
-    log_rest = log_p.scatter(-1, kept, -math.inf).logsumexp(-1, keepdim=True)
-    student = torch.cat((log_p.gather(-1, kept), log_rest), -1)
-    teacher = torch.cat((cached.log_prob.float(), cached.log_rest.unsqueeze(-1)), -1).softmax(-1)
-    soft = -(teacher * student).sum(-1)[target != IGNORED].sum()
+    """KD at T = 1. WSL with all weights 1."""
+    soft = soft_loss(logits, cached)[target != IGNORED].sum()
     return hard_weight * ce_loss(logits, target) + alpha * soft
+
+
+def soft_loss(logits: Tensor, cached: CachedTeacher) -> Tensor:
+    """Return the cross-entropy with the teacher at T = 1, one number per token.
+
+    The classes that are not kept count as one class.
+    """
+    logits, kept, teacher = logits.float(), cached.index.long(), cached.log_prob.float()
+    student = logits.gather(-1, kept)
+    if kept.shape[-1] < logits.shape[-1]:
+        rest = logits.scatter(-1, kept, -math.inf).logsumexp(-1, keepdim=True)
+        student = torch.cat((student, rest), -1)
+        teacher = torch.cat((teacher, cached.log_rest.unsqueeze(-1)), -1)
+    return -(teacher.softmax(-1) * student.log_softmax(-1)).sum(-1)
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -209,15 +223,20 @@ def plan(
     rows of a step stay as many, more processes change nothing.
     """
     of_process = args.batch_size * args.accumulate
-    of_step = of_process * accelerator.num_processes
+    order = draw_order(rows, steps, of_process * accelerator.num_processes, seed)
+    order = order.view(steps, accelerator.num_processes, of_process)
+    return order[:, accelerator.process_index].reshape(-1, args.batch_size).tolist()
+
+
+def draw_order(rows: int, steps: int, of_step: int, seed: int) -> Tensor:
+    """Return the rows of every step, (steps, of_step), in epochs of random order."""
     if rows < of_step:
         raise ValueError(f"a step takes {of_step} rows, and there are {rows} rows of training text")
     generator = torch.Generator().manual_seed(seed)
     epochs = math.ceil(steps / (rows // of_step))
     whole = rows // of_step * of_step  # without the incomplete step of an epoch
     orders = [torch.randperm(rows, generator=generator)[:whole] for _ in range(epochs)]
-    order = torch.cat(orders).view(-1, accelerator.num_processes, of_process)
-    return order[:steps, accelerator.process_index].reshape(-1, args.batch_size).tolist()
+    return torch.cat(orders).view(-1, of_step)[:steps]
 
 
 def schedule(done: float) -> float:

@@ -371,9 +371,12 @@ def count_seeds(rows: Iterable[Row]) -> int:
 
 
 def column(rows: Iterable[Row], name: str, **where: Any) -> Tensor:
-    """Return one value per seed, in the order of the seeds, from the rows that `where` selects."""
+    """Return one value per seed, in the order of the seeds, from the rows that `where` selects.
+
+    The value of an empty cell is NaN.
+    """
     by_seed = {
-        row["seed"]: row[name]
+        row["seed"]: math.nan if row[name] is None else row[name]
         for row in rows
         if all(row[key] == value for key, value in where.items())
     }
@@ -421,24 +424,36 @@ def processor() -> str:
 
 
 def make_parser(doc: str, *, epochs: int | None, out: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_short_parser(doc, seeds=4, out=out)
     default = epochs or "by dataset, see above"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--dataset", choices=("digits", *DATASETS), default="digits", help="(digits)")
     add("--data", type=Path, default=Path("data"), help="of the dataset, else downloaded (data)")
     add("--train-images", type=int, help="drawn for each seed (all)")
-    add("--seeds", type=int, default=4, help="at least 2, for the intervals (4)")
     add("--epochs", type=int, default=epochs, help=f"of a student ({default})")
     add("--teacher-epochs", type=int, default=epochs, help=f"({default})")
     add("--alpha", type=float, default=2.25, help="of KD and WSL (2.25, as the paper's CIFAR-100)")
     add("--device", type=torch.device, default=device)
+    return parser
+
+
+def make_short_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
+    """Return a parser with the options that do not depend on the data."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--seeds", type=int, default=seeds, help=f"at least 2, for the intervals ({seeds})")
     add("--workers", type=int, default=os.cpu_count(), help="parallel seeds (number of cores)")
     add("--out", type=Path, default=Path(out), help=f"folder of the results ({out})")
     add("--report", action="store_true", help="print and draw the results in --out; no training")
     return parser
+
+
+def check_images(args: argparse.Namespace) -> None:
+    """Raise if the dataset cannot be loaded or has too few images."""
+    draw(load_task(args.dataset, args.data, args.device), args.train_images)
 
 
 def run(
@@ -447,16 +462,18 @@ def run(
     tables: Callable[[list[Result]], dict[str, list[Row]]],
     report: Callable[[Path, Row], None],
     restore: Callable[[Path], dict[int, Result]] | None = None,
+    check: Callable[[argparse.Namespace], None] = check_images,
 ) -> None:
     """Train, unless --report is given, then report.
 
     After every seed, `tables` turns all results so far into CSV files, and the options and the
     hardware are written as JSON under the script's name. With `restore`, which reads results from
-    the CSV files, a run continues after a kill, or adds seeds.
+    the CSV files, a run continues after a kill, or adds seeds. `check` raises errors in the options
+    before the training.
     """
     json_path = args.out / f"{Path(sys.argv[0]).stem}.json"
     if not args.report:
-        train(args, replicate, tables, restore, json_path)
+        train(args, replicate, tables, restore, check, json_path)
     report(args.out, json.loads(json_path.read_text()))
 
 
@@ -465,6 +482,7 @@ def train(
     replicate: Callable[[argparse.Namespace, int], Result],
     tables: Callable[[list[Result]], dict[str, list[Row]]],
     restore: Callable[[Path], dict[int, Result]] | None,
+    check: Callable[[argparse.Namespace], None],
     json_path: Path,
 ) -> None:
     results, seconds = {}, 0.0
@@ -478,8 +496,7 @@ def train(
         results, seconds = restore(args.out), 60 * before["minutes"]
     if args.seeds < 2:
         raise ValueError(f"--seeds must be at least 2, got {args.seeds}")
-    # Errors in these options appear before the training.
-    draw(load_task(args.dataset, args.data, args.device), args.train_images)
+    check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter() - seconds
     missing = [seed for seed in range(args.seeds) if seed not in results]
