@@ -538,12 +538,13 @@ def _autograd(
         loss = Recomputed.apply(operator, teacher, target, wanted, others, *student)
         return loss, *(loss.new_empty(0) for _ in range(4))
 
-    def of_three(a: Tensor, b: Tensor, c: Tensor | None, *rest: Any) -> Any:
-        return operator([a, b] if c is None else [a, b, c], *rest)
+    def of_parameters(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        return operator([x, weight] if bias is None else [x, weight, bias], *rest)
 
-    three = (*student, None)[:3]
-    arguments = *three, teacher, target, upstream, wanted, *others
-    outputs: tuple[Tensor, ...] = _operator.SavedGradients.apply(of_three, *arguments)
+    bias = student[2] if len(student) > 2 else None
+    outputs: tuple[Tensor, ...] = _operator.SavedGradients.apply(
+        of_parameters, student[0], student[1], bias, teacher, target, upstream, wanted, *others
+    )
     return outputs
 
 
