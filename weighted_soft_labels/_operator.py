@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
 from weighted_soft_labels import backends
-from weighted_soft_labels._options import Options, in_memory, index_shape, signed
+from weighted_soft_labels._options import Options, in_memory, loss_shape, signed
 from weighted_soft_labels.backends import eager
 
 
@@ -110,9 +110,8 @@ def form(
         operands = [_as_matrices(x, student.dim()) for x in operands]
     *tensors, filled = operands
     loss: Tensor = run(*tensors, _scaled(options, power) if power else options, filled)
-    if options.reduction in ("none", "terms"):
-        leading = (4,) if options.reduction == "terms" else ()
-        loss = loss.view(leading + index_shape(student.shape))
+    if loss.dim():
+        loss = loss.view(loss_shape(options.reduction, student.shape))
     if not power:
         return loss, None, gradient
     scale = student.new_full((), 1 / power, dtype=torch.float32)
@@ -356,10 +355,7 @@ def fake_forward(
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 in (student.dtype, teacher.dtype)
     reduction = Options(*options[: len(Options._fields)]).reduction
-    shape: tuple[int, ...] = ()
-    if reduction in ("none", "terms"):
-        leading = (4,) if reduction == "terms" else ()
-        shape = (*leading, *index_shape(student.shape))
+    shape = loss_shape(reduction, student.shape)
     loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
     gradient = empty_gradient(student, target) if wanted else None
     scale = None

@@ -181,6 +181,13 @@ def index_shape(shape: torch.Size) -> torch.Size:
     return shape[:1] + shape[2:] if len(shape) > 1 else shape[:0]
 
 
+def loss_shape(reduction: str, shape: torch.Size) -> tuple[int, ...]:
+    """Return the shape of the loss for logits of `shape`."""
+    if reduction == "none":
+        return index_shape(shape)
+    return (4, *index_shape(shape)) if reduction == "terms" else ()
+
+
 def class_count(shape: torch.Size) -> int:
     return shape[min(1, len(shape) - 1)]
 
