@@ -29,10 +29,10 @@ from measuring import (
     Row,
     Step,
     folder,
-    low_fifth,
     machine,
     measure,
     peak_bytes,
+    percentile_20,
     publish,
     show,
     spread,
@@ -137,7 +137,7 @@ def rows_of(shape: tuple[int, ...], seconds: float, common: Row) -> list[Row]:
     logits = shape[0] * shape[-1]
     peaks = {name: peak_logits(step, leaves, logits) for name, step in steps.items()}
     times, load = measure(steps, seconds)
-    low = {name: low_fifth(taken) for name, taken in times.items()}
+    low = {name: percentile_20(taken) for name, taken in times.items()}
     base = low["linear_wsl_loss" if linear else "cross_entropy"]
     return [
         {

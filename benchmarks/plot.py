@@ -126,6 +126,16 @@ def linear_table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def cached_table(rows: list[Row]) -> str:
+    """Return the table of cpu_cached.csv: one line per shape and provider."""
+    lines = ["| shape | provider | time | relative | peak memory |", "|---" * 5 + "|"]
+    for row in rows:
+        cells = [row["shape"], row["provider"], f"{float(row['p20_ms']):,.0f} ms"]
+        cells += [row["time_over_base"], f"{float(row['peak_float32_logits']):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SUMMARY = {"256x1000": "ImageNet", "1024x32000": "LLM vocabulary", "2x19x256x256": "segmentation"}
 
 
@@ -183,6 +193,9 @@ def main() -> None:
     if linear.exists() and paths[0].stem == "cpu":
         rows = read(linear)
         print(linear_table(rows), summary(read(paths[0]), rows), sep="\n\n")
+    cached = args.results / "cpu_cached.csv"
+    if cached.exists():
+        print(cached_table(read(cached)))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import weighted_soft_labels
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import bench_cached
 import bench_linear
 import bench_loss
 import bench_step
@@ -286,4 +287,19 @@ def test_hidden_states_to_loss_are_measured(monkeypatch, one_thread):
     ours, unfused = rows["linear_wsl_loss"], rows["linear + wsl_loss"]
     assert unfused["time_over_unfused"] == "1.00"
     assert float(ours["peak_float32_logits"]) < 1.5 < float(unfused["peak_float32_logits"])
+    measuring.refusals(list(rows.values()))
+
+
+@linux
+def test_stored_teachers_are_measured(monkeypatch, one_thread):
+    """Also the memory: the gradient alone, and from hidden states a few chunks of logits."""
+    monkeypatch.setattr(measuring, "LEAST_BURSTS", 2)
+    monkeypatch.setattr(measuring, "ATTEMPTS", 1)
+    logits = bench_cached.rows_of((512, 16000), 0.1, {"commit": "0123abc"})
+    linear = bench_cached.rows_of((512, 16, 16000), 0.1, {"commit": "0123abc"})
+    rows = {row["provider"]: row for row in logits + linear}
+    assert rows["cross_entropy"]["time_over_base"] == "1.00"
+    assert float(rows["cached_wsl_loss"]["peak_float32_logits"]) < 1.5
+    assert float(rows["cached_linear_wsl_loss"]["peak_float32_logits"]) < 1.5
+    assert rows["cached_wsl_loss"]["bytes_per_row"] == 392
     measuring.refusals(list(rows.values()))

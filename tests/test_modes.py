@@ -452,9 +452,10 @@ def test_the_operator_is_what_it_claims_to_be(layout, dtype):
     operator = torch.ops.weighted_soft_labels.forward.default
     options = (2.0, 2.5, 1.0, 0.0, -100)
     for wanted, reduction in ((False, "terms"), (False, "mean"), (True, "mean"), (True, "none")):
-        arguments = (student, student.float(), target, wanted, *options, reduction)
+        arguments = (student, student.float(), target, wanted, "auto", *options, reduction)
         torch.library.opcheck(operator, arguments)
-    torch.library.opcheck(operator, (student, student, student.softmax(-1), True, *options, "none"))
+    arguments = (student, student, student.softmax(-1), True, "auto", *options, "none")
+    torch.library.opcheck(operator, arguments)
 
 
 @pytest.mark.slow
@@ -631,7 +632,7 @@ loss = weighted_soft_labels.wsl_loss(student.requires_grad_(), teacher, target)
 assert torch.equal(loss, expected)
 loss.backward()
 operator = torch.ops.weighted_soft_labels.forward.default
-loss = operator(student, teacher, target, False, 2.0, 2.5, 1.0, 0.0, -100, "mean")[0]
+loss = operator(student, teacher, target, False, "auto", 2.0, 2.5, 1.0, 0.0, -100, "mean")[0]
 assert torch.equal(loss, expected)
 """)
 

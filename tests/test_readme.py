@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from weighted_soft_labels import wsl_loss
+from weighted_soft_labels.cached import compress
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples" / "study")]
@@ -128,13 +129,23 @@ def test_speed_tables_are_the_benchmark_s_last_result() -> None:
         rows = plot.read(path)
         for dtype in {row["dtype"] for row in rows}:
             assert plot.table([row for row in rows if row["dtype"] == dtype]) in page(BENCHMARKS)
-    for name in ("cpu", "cpu_linear", "cpu_training_step"):
+    for name in ("cpu", "cpu_linear", "cpu_cached", "cpu_training_step"):
         row = plot.read(RESULTS / f"{name}.csv")[0]
         hardware = f"{row['device']}, {row['threads']} threads, torch {row['torch']}"
         assert f"[{name}.csv](results/{name}.csv): {hardware}" in " ".join(page(BENCHMARKS).split())
     rows, linear = (plot.read(RESULTS / f"{name}.csv") for name in ("cpu", "cpu_linear"))
     assert plot.linear_table(linear) in page(BENCHMARKS)
+    assert plot.cached_table(plot.read(RESULTS / "cpu_cached.csv")) in page(BENCHMARKS)
     assert plot.summary(rows, linear) in page(README)
+
+
+def test_bytes_of_a_stored_teacher_are_those_of_its_tensors() -> None:
+    logits, target = torch.randn(2, 1000), torch.tensor([0, 1])
+    rows = re.findall(r"^\| cache, k = (\d+) \| (\d+) \|", page(BENCHMARKS), re.MULTILINE)
+    assert [k for k, _ in rows] == ["16", "64", "128"]
+    for k, size in rows:
+        cached = compress(logits, target, int(k), temperature=1.0)
+        assert sum(x.numel() * x.element_size() for x in cached) == 2 * int(size)
 
 
 def test_intervals_in_the_readme_are_those_of_the_study() -> None:

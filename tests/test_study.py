@@ -202,6 +202,83 @@ def test_fashion_mnist_as_torchvision_keeps_it(tmp_path: Path) -> None:
     assert study.make_network(task, 8)(task.augment(task.train_images)).shape == (10, 10)
 
 
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # of student, teacher, labels
+
+
+@pytest.fixture
+def batch() -> Batch:
+    """60 rows in float64; the teacher's largest logit is the label in the first 24 alone."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (
+        3 * torch.randn(60, 10, generator=generator, dtype=torch.float64) for _ in range(2)
+    )
+    top = teacher.argmax(1)
+    labels = torch.where(torch.arange(60) < 24, top, (top + 3) % 10)
+    return student.requires_grad_(), teacher, labels
+
+
+def loss_by_hand(
+    name: str, student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, T: float
+) -> torch.Tensor:
+    """Return the loss for alpha = 2.25, row by row from exponentials and logarithms."""
+    losses, weights, soft, divergence, right = [], [], [], [], []
+    for s, t, y in zip(student, teacher, labels.tolist()):
+        p, q = (s / T).exp() / (s / T).exp().sum(), (t / T).exp() / (t / T).exp().sum()
+        losses.append(-(s[y].exp() / s.exp().sum()).log())
+        teacher_ce = -(t[y].exp() / t.exp().sum()).log()
+        weights.append(1 - (-losses[-1].detach() / (teacher_ce + 1e-7)).exp())
+        soft.append(-(q * p.log()).sum())
+        divergence.append((q * (q / p).log()).sum())
+        right.append(all(t[y] >= other for other in t))
+    mean_weight = sum(weights) / len(weights)
+    terms = {
+        "CE": [0 * x for x in soft],
+        "KD": divergence,
+        "WSL": [w * x for w, x in zip(weights, soft)],
+        "uniform": [mean_weight * x for x in soft],
+        "masked": [x if ok else 0 * x for ok, x in zip(right, divergence)],
+        "balanced": [w / mean_weight * x for w, x in zip(weights, soft)],
+    }
+    return (sum(losses) + 2.25 * T**2 * sum(terms[name])) / len(losses)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+@pytest.mark.parametrize("name", teacher_mistakes.METHODS)
+def test_losses_and_gradients_are_those_written_by_hand(
+    batch: Batch, name: str, temperature: float
+) -> None:
+    loss = study.make_loss(name, temperature, 2.25)(*batch)
+    expected = loss_by_hand(name, *batch, temperature)
+    # wsl_terms returns float32, so two of the losses have float32's accuracy.
+    rtol = 1e-6 if name in ("uniform", "balanced") else 1e-11
+    torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
+    gradients = (torch.autograd.grad(each, batch[0])[0] for each in (loss, expected))
+    torch.testing.assert_close(*gradients, rtol=rtol, atol=rtol)
+
+
+def test_masked_drops_the_rows_whose_teacher_is_wrong_and_no_other(batch: Batch) -> None:
+    student, teacher, labels = batch
+    masked, kd, ce = (
+        torch.autograd.grad(study.make_loss(name, 4.0, 2.25)(student, teacher, labels), student)[0]
+        for name in ("masked", "KD", "CE")
+    )
+    assert masked[:24].equal(kd[:24])
+    assert masked[24:].equal(ce[24:])
+    assert (kd != ce).any(1).all()
+    dropped = student[24:], teacher[24:], labels[24:]
+    assert study.make_loss("masked", 4.0, 2.25)(*dropped).equal(study.make_loss("CE")(*dropped))
+
+
+def test_weights_that_are_all_0_are_balanced_to_a_soft_term_of_0() -> None:
+    labels = torch.arange(10)
+    student = (500.0 * F.one_hot(labels, 10)).requires_grad_()  # cross-entropy 0: weight 0
+    teacher = torch.randn(10, 10, generator=torch.Generator().manual_seed(0))
+    assert (wsl_terms(student, teacher, labels).weight == 0).all()
+    loss = study.make_loss("balanced", 4.0, 2.25)(student, teacher, labels)
+    assert loss.item() == 0
+    assert (torch.autograd.grad(loss, student)[0] == 0).all()
+
+
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_losses_of_the_ablation_differ_in_the_weight_of_the_soft_term_alone(
     temperature: float,
@@ -300,7 +377,7 @@ def test_the_page_prints_what_the_tables_say(
     assert len(blocks) >= 6
     assert all(block in printed for block in blocks)
     tables = re.findall(r"^\| teacher \|.*?^\n", page, re.MULTILINE | re.DOTALL)
-    assert len(tables) == 2
+    assert len(tables) == 4
     assert all(table in printed for table in tables)
     linked = re.findall(r"\((results/[^)]+)\)", page)
     drawn = {f"results/fashion-mnist/{figure.name}" for figure in tmp_path.glob("*.png")}

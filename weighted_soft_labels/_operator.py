@@ -1,20 +1,23 @@
-"""The operator of the loss, and the one autograd boundary around it.
+"""The operator of the loss, and the autograd boundary around it.
 
     wsl_loss -> distill
                   |
                   |- eager code: EagerLoss ---------------------------.
                   |                                                   v
-                  '- compiled, exported or traced code,             form -> backend.run
+                  '- compiled, exported or traced code,             loss_and_gradient -> backend.run
                      torch.func, tensor subclasses:                   ^
                      SavedGradients -> weighted_soft_labels::forward -'
 
-EagerLoss and SavedGradients are the same autograd boundary. The first one is faster.
-The forward pass forms the gradient for an upstream gradient of 1. Autograd saves that gradient and
-nothing else of the size of the logits. The backward pass multiplies it by the upstream gradient.
+EagerLoss and SavedGradients are autograd Functions that do the same. EagerLoss is for plain eager
+code, where it makes a small step much faster.
 
-A float16 gradient divided by the number of elements would underflow before a gradient scaler
-multiplies it. So it is saved times a power of two and not divided, and `scale` undoes both in
-float32. For other dtypes there is no scale.
+The forward pass computes the gradient for an upstream gradient of 1. Autograd saves that gradient,
+and nothing else of the size of the logits. The backward pass multiplies it by the upstream
+gradient.
+
+float16: a gradient divided by the number of elements would underflow before a gradient scaler
+multiplies it. So we save it undivided and times a power of two. `scale`, in float32, is the factor
+that undoes both. Other dtypes have no scale.
 """
 
 from __future__ import annotations
@@ -34,20 +37,20 @@ from weighted_soft_labels.backends import eager
 
 
 def distill(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, *group: str
+    student: Tensor, teacher: Tensor, target: Tensor, options: Options, group: str | None = None
 ) -> Tensor:
     """Return the loss; `group` names the processes over which the classes are sharded."""
     # Detached, so that the loss does not keep the graphs of teacher and target alive.
     teacher = teacher.detach() if teacher.requires_grad else teacher
     target = target.detach() if target.requires_grad else target
-    if not group and unobserved(student, teacher, target):
+    if group is None and unobserved(student, teacher, target):
         backend = backends.choose(student, teacher, target)
         return run_eagerly(student, teacher, target, options, backend)
-    packet = torch.ops.weighted_soft_labels.forward
-    operator: Any = packet.sharded if group else packet.default
-    # A compiler applies `use_backend` to its trace, not to the process in which the code will run.
-    last = group or (backends.forced(),)
-    return dispatch(operator, student, teacher, target, *options, *last)
+    operators = torch.ops.weighted_soft_labels.forward
+    if group is not None:
+        return dispatch(operators.sharded, student, teacher, target, group, *options)
+    # `use_backend` sets a global of the process that compiles. The compiled code gets its value.
+    return dispatch(operators.default, student, teacher, target, backends.forced(), *options)
 
 
 def run_eagerly(
@@ -57,16 +60,18 @@ def run_eagerly(
     if student.requires_grad and torch.is_grad_enabled():
         loss: Tensor = EagerLoss.apply(student, teacher, target, options, backend)
         return loss
-    return form(student, teacher, target, False, options, backend.run)[0]
+    return loss_and_gradient(student, teacher, target, False, options, backend.run)[0]
 
 
 def dispatch(operator: Any, student: Tensor, teacher: Any, target: Tensor, *others: Any) -> Tensor:
     """Return the loss by way of the dispatcher."""
     outputs: tuple[Tensor, ...]
     if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        outputs = operator(student, teacher, target, False, *others)
-    else:  # a transform of torch.func sees a Function, but not a kernel of the dispatcher
-        outputs = SavedGradients.apply(operator, student, teacher, target, True, *others)
+        wanted = False  # the Autograd kernel decides
+        outputs = operator(student, teacher, target, wanted, *others)
+    else:
+        wanted = True  # transforms of torch.func see a Function, but not the Autograd kernel
+        outputs = SavedGradients.apply(operator, student, teacher, target, wanted, *others)
     return outputs[0]
 
 
@@ -78,7 +83,7 @@ _PYTHON, _PRE_DISPATCH = torch._C.DispatchKey.Python, torch._C.DispatchKey.PreDi
 def unobserved(*tensors: Tensor) -> bool:
     """Return whether no compiler, transform or tensor subclass intercepts operators.
 
-    Then `distill` skips the dispatcher, which takes about 12 us a step.
+    Then `distill` skips the dispatcher, which takes a large part of a small step.
     """
     return (
         not torch.compiler.is_compiling()
@@ -94,7 +99,7 @@ def unobserved(*tensors: Tensor) -> bool:
 # --- what the operator does ---
 
 
-def form(
+def loss_and_gradient(
     student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, options: Options, run: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Return the loss, the scale of the gradient and, if `wanted`, the gradient."""
@@ -108,16 +113,15 @@ def form(
     operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
         operands = [_as_matrices(x, student.dim()) for x in operands]
-    *tensors, filled = operands
-    loss: Tensor = run(*tensors, _scaled(options, power) if power else options, filled)
-    if loss.dim():
+    loss: Tensor = run(*operands[:3], _scaled(options, power) if power else options, operands[3])
+    if options.reduction in ("none", "terms"):
         loss = loss.view(loss_shape(options.reduction, student.shape))
     if not power:
         return loss, None, gradient
     scale = student.new_full((), 1 / power, dtype=torch.float32)
     loss = loss * scale
     if options.reduction == "mean":
-        count = eager.count(tensors[2], None, options.ignore_index)
+        count = eager.count(target, None, options.ignore_index)
         loss, scale = loss / count, scale / count.clamp(min=1)
     return loss, scale, gradient
 
@@ -126,11 +130,16 @@ def _as_matrices(x: Tensor | None, dims: int) -> Tensor | None:
     """View logits of `dims` dimensions, or their target, as (N, C), (N, C, R), (N,) or (N, R)."""
     if x is None:
         return None
-    return x[None] if dims == 1 else x.flatten(x.dim() + 2 - dims)
+    if dims == 1:
+        return x[None]
+    return x.flatten(2 if x.dim() == dims else 1)  # an index target has no class dimension
 
 
 def empty_gradient(student: Tensor, target: Tensor) -> Tensor:
-    """In the student's order of dimensions if (N, C, R) is a view of that, else contiguous."""
+    """Return an empty gradient with the student's order of dimensions.
+
+    It is contiguous if that order allows no view (N, C, R).
+    """
     # Probabilities that add up to much more than 1 would overflow float16 times a power of two.
     wide = student.dtype == torch.float16 and target.is_floating_point()
     gradient = torch.empty_like(student, dtype=torch.float32 if wide else student.dtype)
@@ -160,8 +169,23 @@ def _scaled(options: Options, power: float) -> Options:
 # --- the autograd boundary ---
 
 
+def refuse_transforms(*args: Any) -> Any:
+    raise NotImplementedError(
+        "wsl_loss supports neither vmap (jacrev, hessian) nor forward-mode AD (jvp, jacfwd). "
+        "Use weighted_soft_labels.reference.wsl_loss, which does."
+    )
+
+
+def refuse_batched(upstream: Tensor) -> None:
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
+        refuse_transforms()
+
+
 class EagerLoss(Function):
     """The boundary for plain eager code: fewer levels and one output, so less time per step."""
+
+    jvp = vmap = staticmethod(refuse_transforms)  # type: ignore[assignment]
 
     @staticmethod
     def forward(
@@ -172,7 +196,9 @@ class EagerLoss(Function):
         options: Options,
         backend: ModuleType,
     ) -> Tensor:
-        loss, scale, gradient = form(student, teacher, target, True, options, backend.run)
+        loss, scale, gradient = loss_and_gradient(
+            student, teacher, target, True, options, backend.run
+        )
         ctx.multiply_ = getattr(backend, "multiply_", eager.multiply_)
         ctx.dtype = student.dtype
         ctx.save_for_backward(loss, scale, gradient)
@@ -189,8 +215,8 @@ class EagerLoss(Function):
         return gradient.to(ctx.dtype), None, None, None, None
 
 
-# The references to a saved tensor in backward: autograd's and the one of Python. A saved-tensor
-# hook that keeps the tensor, or gave another one, makes it another number.
+# In backward, a saved tensor has two references: autograd's and Python's. A saved-tensor hook that
+# keeps the tensor is a third. A hook that replaces the tensor takes autograd's away.
 ONE_OWNER = 2
 _graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -204,8 +230,10 @@ def _shared(gradient: Any) -> bool:
 class SavedGradients(Function):
     """The boundary for every other mode: an operator that returns (loss, scale, *gradients).
 
-    The gradients belong to the operator's first arguments; an empty gradient or scale is none.
+    ``gradients[i]`` is the gradient of the operator's argument i. Empty tensors stand for None.
     """
+
+    jvp = vmap = staticmethod(refuse_transforms)  # type: ignore[assignment]
 
     @staticmethod
     def forward(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
@@ -245,7 +273,9 @@ def factor_of(upstream: Tensor, scale: Tensor | None, loss: Tensor) -> Tensor:
     if upstream.dim():
         # The gradient of an ignored element is 0 whatever comes in, but 0 * NaN would be NaN.
         upstream = upstream.masked_fill(loss == 0, 0)
-    return upstream if scale is None or scale.dim() else upstream * scale
+    if scale is None or scale.dim():  # an operator returns an empty tensor for no scale
+        return upstream
+    return upstream * scale
 
 
 def multiplied(gradient: Tensor, upstream: Tensor, scale: Tensor | None, loss: Tensor) -> Tensor:
@@ -263,6 +293,8 @@ def multiplied(gradient: Tensor, upstream: Tensor, scale: Tensor | None, loss: T
 class RefuseSecondDerivative(Function):
     """A gradient as a function of the loss and the upstream gradient, which has no derivative."""
 
+    jvp = vmap = staticmethod(refuse_transforms)  # type: ignore[assignment]
+
     @staticmethod
     def forward(gradient: Tensor, loss: Tensor, upstream: Tensor) -> Tensor:
         return gradient.clone()
@@ -279,34 +311,12 @@ class RefuseSecondDerivative(Function):
         )
 
 
-def refuse_transforms(*args: Any) -> Any:
-    raise NotImplementedError(
-        "wsl_loss supports neither vmap (jacrev, hessian) nor forward-mode AD (jvp, jacfwd). "
-        "Use weighted_soft_labels.reference.wsl_loss, which does."
-    )
-
-
-def refuse_batched(upstream: Tensor) -> None:
-    functorch = torch._C._functorch
-    if functorch.is_batchedtensor(upstream) or functorch.is_legacy_batchedtensor(upstream):
-        refuse_transforms()
-
-
-def refuse_transforms_of(*boundaries: Any) -> None:
-    for boundary in boundaries:
-        boundary.jvp = boundary.vmap = staticmethod(refuse_transforms)
-
-
-refuse_transforms_of(EagerLoss, SavedGradients, RefuseSecondDerivative)
-
-
 # --- the operator ---
 
 OPTIONS = (
     "float temperature, float alpha, float hard_weight, float label_smoothing, "
     "int ignore_index, str reduction"
 )
-ARGUMENTS = f"Tensor student, Tensor teacher, Tensor target, bool wanted, {OPTIONS}"
 
 
 def _new_library() -> Any:
@@ -325,24 +335,28 @@ _defined: set[str] = globals().get("_defined", set())
 
 
 def define(name: str, schema: str, run: Any, fake: Any, autograd: Any) -> None:
-    """Register an operator for all devices at once, with its fake form and Autograd kernel."""
+    """Register an operator for all devices at once, with its fake form and Autograd kernel.
+
+    The Autograd kernel, and no other, takes the operator as its first argument.
+    """
     if name in _defined:
         return
     _defined.add(name)
     _library.define(f"{name}({schema}")
+    packet, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.weighted_soft_labels, packet), overload or "default")
     _library.impl(name, run, "CompositeExplicitAutograd")
-    _library.impl(name, autograd, "Autograd")
+    _library.impl(name, partial(autograd, operator), "Autograd")
     torch.library.register_fake(f"weighted_soft_labels::{name}", fake, lib=_library)
     torch.library.register_vmap(f"weighted_soft_labels::{name}", refuse_transforms, lib=_library)
 
 
 def operator_forward(
-    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, backend: str, *options: Any
 ) -> tuple[Tensor, ...]:
-    number = len(Options._fields)
-    # The dispatcher leaves out a last argument that has its default value.
-    run = backends.choose(student, teacher, target, *others[number:]).run
-    return tensors_only(*form(student, teacher, target, wanted, Options(*others[:number]), run))
+    run = backends.choose(student, teacher, target, backend).run
+    outputs = loss_and_gradient(student, teacher, target, wanted, Options(*options), run)
+    return tensors_only(*outputs)
 
 
 def tensors_only(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
@@ -351,11 +365,10 @@ def tensors_only(loss: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
 
 
 def fake_forward(
-    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *options: Any
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, _: str, *options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 in (student.dtype, teacher.dtype)
-    reduction = Options(*options[: len(Options._fields)]).reduction
-    shape = loss_shape(reduction, student.shape)
+    shape = loss_shape(Options(*options).reduction, student.shape)
     loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
     gradient = empty_gradient(student, target) if wanted else None
     scale = None
@@ -364,22 +377,25 @@ def fake_forward(
     return tensors_only(loss, scale, gradient)
 
 
-def autograd_kernel(operator: Any, *arguments: Any) -> tuple[Tensor, ...]:
+def autograd_kernel(
+    operator: Any, student: Tensor, teacher: Any, target: Tensor, wanted: bool, *others: Any
+) -> tuple[Tensor, ...]:
     if torch._C._are_functorch_transforms_active():  # `distill` handles those of eager code
         raise NotImplementedError(
             "wsl_loss in a torch.func transform: leave the transform out of the compiled code"
         )
-    student, teacher, target, wanted, *others = arguments
     wanted = wanted or (torch.is_grad_enabled() and student.requires_grad)
-    arguments = (student, teacher, target, wanted, *others)
-    outputs: tuple[Tensor, ...] = SavedGradients.apply(operator(), *arguments)
+    outputs: tuple[Tensor, ...] = SavedGradients.apply(
+        operator, student, teacher, target, wanted, *others
+    )
     return outputs
 
 
 define(
     "forward",
-    f'{ARGUMENTS}, str backend="auto") -> (Tensor, Tensor, Tensor)',
+    f"Tensor student, Tensor teacher, Tensor target, bool wanted, str backend, {OPTIONS}"
+    ") -> (Tensor, Tensor, Tensor)",
     operator_forward,
     fake_forward,
-    partial(autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.default),
+    autograd_kernel,
 )

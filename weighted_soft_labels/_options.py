@@ -64,11 +64,7 @@ def _out_of_range(options: Options) -> str:
         (0 <= hard_weight < math.inf, "hard_weight must be finite and >= 0", hard_weight),
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
         (abs(ignore_index) <= INT64_MAX, "ignore_index must fit into int64", ignore_index),
-        (
-            _is_reduction(reduction),
-            "reduction must be one of mean, sum, none",
-            reduction,
-        ),
+        (_is_reduction(reduction), "reduction must be one of mean, sum, none", reduction),
     ):
         if not legal:
             return f"{expected}, got {value!r}"
@@ -80,25 +76,25 @@ def to_float(name: str, value: Any) -> float:
     """Return `value` as a float: of an int, a Fraction, a NumPy scalar or a 0-dim CPU tensor."""
     if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
         return float(value)
-    number: float = _converted(name, value, "a number", float)
+    number: float = _convert(name, value, "a number", float)
     return number
 
 
 def to_int(name: str, value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    number: int = _converted(name, value, "an int", operator.index)
+    number: int = _convert(name, value, "an int", operator.index)
     return number
 
 
-def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:
+def _convert(name: str, value: Any, kind: str, convert: Any) -> Any:
     if torch.compiler.is_compiling() and hasattr(value, "dtype"):
-        kind = type(value).__name__
-        raise ValueError(f"{name} must be {expected} of Python in compiled code, got a {kind}")
+        came = type(value).__name__
+        raise ValueError(f"{name} must be {kind} of Python in compiled code, got a {came}")
     dtype = str(getattr(value, "dtype", None))
     legal = "bool" not in dtype and not isinstance(value, (bool, str, bytes))
     if isinstance(value, Tensor):
-        expected += " (or a 0-dim tensor on the CPU that does not require grad)"
+        kind += " (or a 0-dim tensor on the CPU that does not require grad)"
         constant = value.dim() == 0 and not value.requires_grad
         legal = legal and constant and value.device.type == "cpu"
     try:
@@ -106,7 +102,7 @@ def _converted(name: str, value: Any, expected: str, convert: Any) -> Any:
             return convert(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: complex tensors
         pass
-    raise ValueError(f"{name} must be {expected}, got {value!r}")
+    raise ValueError(f"{name} must be {kind}, got {value!r}")
 
 
 def check_tensors(student: Tensor, teacher: Tensor, target: Tensor) -> None:
@@ -142,9 +138,9 @@ def check_kind(name: str, tensor: Any, advice: str = "pass .to_local()") -> None
         kind = type(tensor).__name__
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {kind}")
-        if hasattr(tensor, "to_local"):
+        if hasattr(tensor, "to_local"):  # DTensor
             raise TypeError(f"{name} must be a Tensor of this process, got a {kind}: {advice}")
-        if hasattr(tensor, "get_mask"):
+        if hasattr(tensor, "get_mask"):  # MaskedTensor
             raise TypeError(
                 f"{name} must be a plain strided tensor, got a {kind}: "
                 "mask classes by -inf logits and elements by ignore_index"
@@ -182,10 +178,9 @@ def index_shape(shape: torch.Size) -> torch.Size:
 
 
 def loss_shape(reduction: str, shape: torch.Size) -> tuple[int, ...]:
-    """Return the shape of the loss for logits of `shape`."""
-    if reduction == "none":
-        return index_shape(shape)
-    return (4, *index_shape(shape)) if reduction == "terms" else ()
+    if reduction == "terms":
+        return (4, *index_shape(shape))
+    return index_shape(shape) if reduction == "none" else ()
 
 
 def class_count(shape: torch.Size) -> int:
@@ -193,10 +188,10 @@ def class_count(shape: torch.Size) -> int:
 
 
 def in_memory(name: str, tensor: Tensor) -> Tensor:
-    """Return a tensor whose numbers are those at its address.
+    """Return a tensor that a kernel can read at its ``data_ptr()``.
 
-    Kernels and ATen follow the address of a tensor. A lazily negated tensor has other signs there,
-    a zero tensor has no memory, and memory that was resized (as FSDP does) may end too early.
+    A lazily negated tensor has other signs there, a zero tensor has no memory, and a storage that
+    was resized (as FSDP does) may end too early.
 
     Raises:
         ValueError: The storage is smaller than the tensor.
@@ -219,8 +214,8 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
 
 
 def signed(target: Tensor) -> Tensor:
-    """Return index targets whose values int64 holds; a larger uint64 names no class there."""
+    """Convert uint64 labels. Those beyond int64 become its minimum: no class, no ignore_index."""
     if target.dtype != torch.uint64:
         return target
     label = target.long()
-    return label.where(label >= 0, -INT64_MAX - 1)  # no legal ignore_index
+    return label.where(label >= 0, -INT64_MAX - 1)

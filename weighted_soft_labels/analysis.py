@@ -304,10 +304,10 @@ RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def _slopes_at_label(label: Tensor, student: Tensor, teacher: Tensor, T: float) -> Tensor:
-    """Return l'_s - l'_t, with the sign of g, and log(-2 a) - log(-g), with that of g - 2 a.
+    """Return two numbers with the signs of g and of g - 2 a.
 
-    The log-odds l = log(p / (1 - p)) keep their digits for p near 1. With l' at T,
-    ``-g = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))``.
+    They are l'_s - l'_t and log(-2 a) - log(-g). The log-odds l = log(p / (1 - p)) are exact for p
+    near 1. With l' at T, ``-g = T * p'_t * (1 - p'_s) * (1 - exp(l'_s - l'_t))``.
     """
     s, t = _log_odds(student, label, T), _log_odds(teacher, label, T)
     difference = (-torch.expm1(s - t)).log().masked_fill(s == t, -math.inf)  # inf - inf is NaN
@@ -318,7 +318,7 @@ def _slopes_at_label(label: Tensor, student: Tensor, teacher: Tensor, T: float) 
 
 
 def _log_odds(z: Tensor, label: Tensor, T: float) -> Tensor:
-    """Return the label's log-odds; they never cancel, as z_y is 0 or the logsumexp is >= 0."""
+    """Return the label's log-odds, without cancellation: z_y is 0, or z_y < 0 <= logsumexp."""
     others = z.scatter(-1, label, -math.inf)
     return z.gather(-1, label).squeeze(-1) / T - (others / T).logsumexp(-1)
 
@@ -334,7 +334,7 @@ def _slopes_along_target(q: Tensor, student: Tensor, teacher: Tensor, T: float) 
 def _derivative(q: Tensor, gradient: Tensor, p: Tensor) -> Tensor:
     """Return ``sum_c q_c * gradient_c`` without the likeliest class, whose entry cancels.
 
-    The gradient sums to 0, so subtracting a constant from q changes nothing.
+    The gradient sums to 0, so q may be shifted, here by q of the likeliest class.
     """
     return ((q - q.gather(-1, p.argmax(-1, keepdim=True))) * gradient).sum(-1)
 

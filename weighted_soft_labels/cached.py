@@ -804,14 +804,14 @@ def _forward(
     student: Tensor, cached: list[Tensor], target: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
     run = partial(_run, _in_memory(cached))
-    outputs = _operator.form(student, student, target, wanted, Options(*options), run)
+    outputs = _operator.loss_and_gradient(student, student, target, wanted, Options(*options), run)
     return _operator.tensors_only(*outputs)
 
 
 def _fake(
     student: Tensor, _: list[Tensor], target: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
-    return _operator.fake_forward(student, student, target, wanted, *options)
+    return _operator.fake_forward(student, student, target, wanted, "auto", *options)
 
 
 _operator.define(
@@ -820,7 +820,7 @@ _operator.define(
     ") -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake,
-    partial(_operator.autograd_kernel, lambda: torch.ops.weighted_soft_labels.cached_loss.default),
+    _operator.autograd_kernel,
 )
 
 

@@ -34,8 +34,8 @@ def wsl_loss(
         loss       = hard_weight * student_ce + alpha * T^2 * weight * soft
 
     The gradient goes to `student_logits` alone: weight, teacher and target are constants. The
-    forward pass forms the gradient, so the inputs may change afterwards. One label, or one
-    probability distribution, per element: multi-label targets (BCE) are not supported.
+    forward pass computes the gradient, so the inputs may be changed before the backward pass. An
+    element has one label or one distribution: multi-label targets (BCE) are not supported.
 
     Args:
         student_logits: Unnormalised scores, ``(C,)``, ``(N, C)`` or ``(N, C, d1, ..., dk)`` with
@@ -70,8 +70,8 @@ def wsl_loss(
     Source:
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
         Perspective", ICLR 2021, arXiv 2102.00650, and its official code. Differences from that
-        code: the weight keeps its digits for confident teachers, for which float32 code is off by
-        0.1 and more; a term with scale 0 is omitted; any shape, dtype, class count and target.
+        code: the weight is exact for confident teachers, where that code in float32 is off by 0.1
+        and more; a term with scale 0 is omitted; any shape, dtype, class count and target.
 
     Example:
         >>> import torch

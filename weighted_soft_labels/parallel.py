@@ -66,10 +66,9 @@ def vocab_parallel_wsl_loss(
             teacher, or the rows, options or dtypes of the processes, differ.
         TypeError, IndexError, RuntimeError, NotImplementedError: As :func:`wsl_loss`. On CPUs an
             error on one process is one on all: the others raise a RuntimeError that names the
-            process. GPUs would have to wait for that. There the process raises before it enters
-            the all-reduce, and the others stay in it until the group's time-out, as in any
-            collective. Rows or options that differ make the loss NaN. Compiled code raises what
-            it can see while it is traced on that process alone.
+            process. On GPUs a check would have to wait for the GPU: the process alone raises, the
+            others wait until the group's time-out, and rows or options that differ make the loss
+            NaN. In compiled code the process alone raises, too.
     """
     name = group_name(group)
     options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
@@ -133,7 +132,7 @@ def _exchange(name: str, like: Tensor, facts: Any) -> tuple[dist.ProcessGroup, T
     group = resolve(name)
     table = torch.zeros((dist.get_world_size(group), 7), dtype=torch.int64, device=like.device)
     for place, fact in zip(table[dist.get_rank(group)], facts):
-        place.fill_(fact)  # waits for no GPU, unlike a tensor's copy
+        place.fill_(fact)  # does not wait for the GPU; a copy of a CPU tensor would
     dist.all_reduce(table, group=group)
     return group, table
 
@@ -159,7 +158,7 @@ def join(
     group, table = _exchange(name, target, facts)
     _, rows, of_student, of_teacher, codes, _, _ = table.unbind(1)
     rank = dist.get_rank(group)
-    largest = 2**13  # to read the sizes would be to wait for the GPU
+    largest = 2**13  # a guess, because reading the sizes would wait for the GPU
     if on_cpu:
         _check_table(table.tolist(), rank, agreed)
         eager.count(target, int(of_student.sum()), ignore_index)
@@ -198,22 +197,24 @@ def _check_table(table: list[list[int]], rank: int, agreed: object) -> None:
 
 
 def _forward(
-    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, *others: Any
+    student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, group: str, *numbers: Any
 ) -> tuple[Tensor, ...]:
-    options, name = Options(*others[:-1]), others[-1]
+    options = Options(*numbers)
     tensors = {"student_logits": student, "teacher_logits": teacher, "target": target}
-    student, teacher, target = [checked(name, in_memory, *item) for item in tensors.items()]
+    student, teacher, target = [checked(group, in_memory, *item) for item in tensors.items()]
     classes = student.shape[1], teacher.shape[1]
     agreed = options, student.dtype, teacher.dtype
-    shard, _ = join(name, signed(target), classes, options.ignore_index, agreed)
+    shard, _ = join(group, signed(target), classes, options.ignore_index, agreed)
     run = partial(eager.run, shard=shard)
-    return _operator.tensors_only(*_operator.form(student, teacher, target, wanted, options, run))
+    outputs = _operator.loss_and_gradient(student, teacher, target, wanted, options, run)
+    return _operator.tensors_only(*outputs)
 
 
 _operator.define(
     "forward.sharded",
-    f"{_operator.ARGUMENTS}, str group) -> (Tensor, Tensor, Tensor)",
+    "Tensor student, Tensor teacher, Tensor target, bool wanted, str group, "
+    f"{_operator.OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _operator.fake_forward,
-    partial(_operator.autograd_kernel, lambda: torch.ops.weighted_soft_labels.forward.sharded),
+    _operator.autograd_kernel,
 )

@@ -46,6 +46,8 @@ COLORS = {
     "WSL": "#d55e00",
     "dropped": "#009e73",
     "uniform": "#cc79a7",
+    "masked": "#56b4e9",
+    "balanced": "#e69f00",
 }
 # torchvision's name; mean and standard deviation of the training set by channel, pixels in [0, 1]
 DATASETS = {
@@ -177,10 +179,20 @@ def make_loss(
     def ce(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
         return F.cross_entropy(student_logits, labels, label_smoothing=label_smoothing)
 
-    def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    def divergences(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Return the terms of KL(teacher || student), one per image and class."""
         student = F.log_softmax(student_logits / temperature, dim=1)
         teacher = F.log_softmax(teacher_logits / temperature, dim=1)
-        soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        return F.kl_div(student, teacher, reduction="none", log_target=True)
+
+    def kd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        soft = divergences(student_logits, teacher_logits).sum() / len(labels)
+        return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
+
+    def masked(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """KD, but the soft term is 0 where the teacher's largest logit is not the label's."""
+        right = teacher_logits.argmax(1) == labels
+        soft = divergences(student_logits, teacher_logits)[right].sum() / len(labels)
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * soft
 
     def wsl(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
@@ -195,7 +207,26 @@ def make_loss(
         soft = F.cross_entropy(student_logits / temperature, probabilities)
         return F.cross_entropy(student_logits, labels) + alpha * temperature**2 * weight * soft
 
-    return {"CE": ce, "KD": kd, "WSL": wsl, "uniform": uniform}[name]
+    def balanced(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
+        """WSL, but the weights of a batch are divided by their mean."""
+        inputs = student_logits, teacher_logits, labels
+        soft = wsl_loss(
+            *inputs, temperature=temperature, alpha=1.0, hard_weight=0.0, reduction="sum"
+        )
+        total = wsl_terms(*inputs).weight.sum()
+        # If all weights are 0, so is the soft term, and the quotient is 0 instead of NaN.
+        soft = soft / total.clamp_min(torch.finfo(total.dtype).tiny)
+        return F.cross_entropy(student_logits, labels) + alpha * soft
+
+    losses = {
+        "CE": ce,
+        "KD": kd,
+        "WSL": wsl,
+        "uniform": uniform,
+        "masked": masked,
+        "balanced": balanced,
+    }
+    return losses[name]
 
 
 class Learner:

@@ -11,6 +11,10 @@ For every seed, students overfit a few images, which are not augmented, by
     WSL       CE + alpha * T^2 * weight * soft cross-entropy, `weighted_soft_labels.wsl_loss`
     uniform   KD, but every image gets the batch's mean WSL weight: separates the weighting from
               less soft label
+    masked    KD, but weight 0 where the teacher's largest logit is not the label that the student
+              gets: the simplest way to distrust a teacher
+    balanced  WSL, but the weights of a batch are divided by their mean: the weighting with as much
+              soft label as KD
 
 The teacher is trained on other images. It is
 
@@ -36,7 +40,7 @@ With more --seeds, it adds them.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,8 +54,18 @@ from torch import Tensor, nn
 from weighted_soft_labels.analysis import wsl_terms
 
 LR = 3e-3  # maximum of the one-cycle schedule
-METHODS = ("CE", "KD", "WSL", "uniform")
-DIFFERENCES = (("WSL", "KD"), ("WSL", "uniform"), ("WSL", "CE"), ("KD", "CE"))
+METHODS = ("CE", "KD", "WSL", "uniform", "masked", "balanced")
+MARKERS = dict(zip(METHODS, "DoXs^v"))
+DIFFERENCES = (
+    ("WSL", "KD"),
+    ("WSL", "uniform"),
+    ("WSL", "CE"),
+    ("KD", "CE"),
+    ("masked", "KD"),
+    ("WSL", "masked"),
+    ("balanced", "KD"),
+    ("balanced", "WSL"),
+)
 SHARES = ("teacher_wrong", "weight_right", "weight_wrong")
 OPTIONS = ("train_images", "sizes", "epochs", "teacher_epochs", "seeds")
 BY_DATASET = {
@@ -260,52 +274,72 @@ def name_of(row: Row) -> str:
     return name + (f", alpha = {row['alpha']:g}" if row["alpha"] == 0.5 else "")
 
 
-def print_table(summary: Sequence[Row]) -> None:
-    print(f"\n{summary[0]['seeds']} seeds: mean +- half a 95 % confidence interval (Student's t)")
-    print(
-        "Test accuracy in %, differences within a seed; wrong: in % of the student's images; "
-        "weights by whether the\n"
-        "teacher is right by the label that is given, means over the training by WSL\n"
-    )
-    differences = list(map(" - ".join, DIFFERENCES))
-    names = ["teacher", "wrong", *METHODS, *differences, "weight if right", "if wrong"]
-    print("| " + " | ".join(names) + " |\n|" + "---|" * len(names))
-    for row in summary:
-        cells = [
-            name_of(row),
-            f"{100 * row['teacher_wrong']:.1f}",
-            *(f"{row[method]:.2f}" for method in METHODS),
-        ]
-        cells += [f"{row[name]:+.2f} +- {row[f'{name} half']:.2f}" for name in differences]
-        cells += [f"{row[name]:.2f}" for name in SHARES[1:]]
+def accuracy_cells(row: Row) -> list[str]:
+    return [
+        name_of(row),
+        f"{100 * row['teacher_wrong']:.1f}",
+        *(f"{row[method]:.2f}" for method in METHODS),
+        *(f"{row[name]:.2f}" for name in SHARES[1:]),
+    ]
+
+
+def difference_cells(row: Row) -> list[str]:
+    names = map(" - ".join, DIFFERENCES)
+    return [name_of(row), *(f"{row[name]:+.2f} +- {row[f'{name} half']:.2f}" for name in names)]
+
+
+def print_table(names: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+    print("\n| " + " | ".join(names) + " |\n|" + "---|" * len(names))
+    for cells in lines:
         print("| " + " | ".join(cells) + " |")
+
+
+def print_tables(summary: Sequence[Row]) -> None:
+    print(f"\n{summary[0]['seeds']} seeds. Test accuracy: mean in %.")
+    print("wrong: share of the student's images on which the teacher is wrong, in %.")
+    print("Weights: means over the training by WSL, where the teacher is right or wrong by the")
+    print("label that the student gets.")
+    names = ["teacher", "wrong", *METHODS, "weight if right", "if wrong"]
+    print_table(names, map(accuracy_cells, summary))
+    print("\nDifferences in test accuracy within a seed, in points: mean +- half a 95 % confidence")
+    print("interval (Student's t).")
+    names = ["teacher", *map(" - ".join, DIFFERENCES)]
+    print_table(names, map(difference_cells, summary))
 
 
 def plot_accuracies(axes: Axes, rows: Sequence[Row], title: str, x: str) -> None:
     rows = sorted(rows, key=lambda row: row[x])
     for i, method in enumerate(METHODS):
-        places = [100 * row[x] + 0.3 * (i - 1.5) for row in rows]
+        places = [100 * row[x] + 0.3 * (i - (len(METHODS) - 1) / 2) for row in rows]
         means, halves = zip(*((row[method], row[f"{method} half"]) for row in rows))
-        style = {"fmt": "o-", "markersize": 4, "capsize": 3, "color": COLORS[method]}
-        axes.errorbar(places, means, halves, label=method, **style)
+        style = {"markersize": 5, "capsize": 3, "color": COLORS[method]}
+        axes.errorbar(places, means, halves, fmt=f"{MARKERS[method]}-", label=method, **style)
     what = "labels that are wrong" if x == "noise" else "images on which the teacher is wrong"
     axes.set(xlabel=f"{what} (%)", ylabel="test accuracy (%)")
     axes.set_title(title, fontsize=10)
 
 
+def gain_of_wsl(row: Row, other: str) -> tuple[float, float]:
+    """Return mean and half the interval of WSL - `other`."""
+    if ("WSL", other) in DIFFERENCES:
+        return row[f"WSL - {other}"], row[f"WSL - {other} half"]
+    return -row[f"{other} - WSL"], row[f"{other} - WSL half"]
+
+
 def plot_gains(axes: Axes, summary: Sequence[Row]) -> None:
-    for i, (other, marker) in enumerate((("KD", "o"), ("uniform", "s"), ("CE", "D"))):
-        places = [-place - 0.2 * (i - 1) for place in range(len(summary))]
-        difference = f"WSL - {other}"
-        means, halves = zip(*((row[difference], row[f"{difference} half"]) for row in summary))
-        style = {"fmt": marker, "markersize": 4, "capsize": 2, "color": COLORS[other]}
+    others = [method for method in METHODS if method != "WSL"]
+    for i, other in enumerate(others):
+        places = [-place - 0.15 * (i - (len(others) - 1) / 2) for place in range(len(summary))]
+        means, halves = zip(*(gain_of_wsl(row, other) for row in summary))
+        style = {"fmt": MARKERS[other], "markersize": 4, "capsize": 2, "color": COLORS[other]}
         axes.errorbar(means, places, xerr=halves, label=f"above {other}", **style)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     names = [name_of(row) for row in summary]
     axes.set_yticks([-place for place in range(len(summary))], names, fontsize=8)
     axes.set_xlabel("test accuracy of WSL (points)")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.01)
+    axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.4, 1))
 
 
 def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
@@ -320,7 +354,7 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
             row for row in base if row["teacher_images"] == largest and not row["share"]
         ],
     }
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
+    figure = Figure(figsize=(13, 8), layout="constrained")
     grid = figure.add_gridspec(2, 3, width_ratios=(1, 1, 1.1))
     for i, (title, rows) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[i // 2, i % 2])
@@ -335,7 +369,7 @@ def save_figure(path: Path, summary: Sequence[Row], options: Row) -> None:
 def report(out: Path, options: Row) -> None:
     summary = summarize(study.read_table(out / "teacher_mistakes.csv"))
     study.write_table(out / "teacher_mistakes_summary.csv", summary)
-    print_table(summary)
+    print_tables(summary)
     save_figure(out / "teacher_mistakes.png", summary, options)
     print(f"\nFigure: {out / 'teacher_mistakes.png'}")
 

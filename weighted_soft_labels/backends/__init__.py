@@ -91,22 +91,22 @@ def choose(student: Tensor, teacher: Tensor, target: Tensor, backend: str = "aut
     Raises:
         RuntimeError: :class:`use_backend` forced a backend that cannot run them.
     """
-    force = backend if backend != "auto" else _forced
-    name = force
-    if name == "auto":
+    wished = backend if backend != "auto" else _forced
+    name = wished
+    if wished == "auto":
         name = "cpu" if student.is_cpu else "triton" if student.is_cuda else "eager"
     if name == "eager":
         return eager
-    refusal = _unsupported(name, student, teacher, target)
-    failure = None if refusal else _failure(name, student)
-    if not refusal and not failure:
+    unsupported = _unsupported(name, student, teacher, target)
+    failure = None if unsupported else _failure(name, student)
+    if not unsupported and not failure:
         return _load(name)
-    if force == "auto":
-        if failure:
-            _warn_once(name, failure)
-        return eager
-    reason = refusal or failure
-    raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {reason}")
+    if wished != "auto":
+        reason = unsupported or failure
+        raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {reason}")
+    if failure:
+        _warn_once(name, failure)
+    return eager
 
 
 def _unsupported(name: str, student: Tensor, teacher: Tensor, target: Tensor) -> str | None:
@@ -129,7 +129,7 @@ def _failure(name: str, student: Tensor) -> str | None:
     if key in _failures:
         return _failures[key]
     if student.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a probe would end the capture: the launch decides
+        return None  # a probe would break the capture; a later call probes
     try:
         module = _load(name)
         if name == "triton":
