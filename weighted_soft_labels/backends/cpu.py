@@ -1,9 +1,7 @@
 """CPU backend: calls the C kernel. Rows with inf or NaN go to the eager backend.
 
-The threads are torch's own, so `torch.set_num_threads` holds and two runtimes never compete. Since
-torch 2.10 torch lends them to C code; before, the kernel uses one thread. Every row is computed by
-one thread, and one thread adds up the losses: the result has the same bits for any number of
-threads.
+The kernel runs on torch's own threads, or on one thread before torch 2.10. One thread computes a
+row and one adds up the losses, so the result does not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 import weighted_soft_labels.backends.cpu_kernel as cpu_kernel
-from weighted_soft_labels._options import Options
+from weighted_soft_labels._options import Options, loss_shape
 from weighted_soft_labels.backends import eager
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in cpu_kernel.c
@@ -37,9 +35,9 @@ def run(
 ) -> Tensor:
     """The loss of these logits; see `weighted_soft_labels.backends`."""
     target = target.long().contiguous()
-    shape = (4, *target.shape) if options.reduction == "terms" else target.shape
-    rows = torch.empty(shape, dtype=torch.float32, device="cpu")
-    loss = rows if options.reduction in ("none", "terms") else rows.new_empty(())
+    shape = loss_shape(options.reduction, student.shape)
+    loss = torch.empty(shape, dtype=torch.float32, device="cpu")
+    rows = loss if shape else loss.new_empty(target.shape)
     matrix = student.dim() == 2
     non_finite, count = cpu_kernel.run(
         PARALLEL_FOR,
@@ -78,8 +76,8 @@ def _recompute(
 ) -> None:
     """Compute the rows that the kernel marked by NaN with the eager backend."""
     terms = options.reduction == "terms"
-    unit = 1 / count if options.reduction == "mean" else 1.0
-    each = options if terms else options._replace(reduction="none")
+    row_share = 1 / count if options.reduction == "mean" else 1.0
+    per_row = options if terms else options._replace(reduction="none")
     student, teacher = student.movedim(1, -1), teacher.movedim(1, -1)
     marked = (rows[0] if terms else rows).isnan().nonzero()
     size = max(1, CHUNK // student.shape[-1])
@@ -87,8 +85,8 @@ def _recompute(
         index = marked[start : start + size].unbind(1)
         chunk = student[index]
         formed = torch.empty_like(chunk, dtype=torch.float32)
-        part = eager.run(chunk, teacher[index], target[index], each, formed)
-        places: Any = (..., *index)  # of one number per row, or of four terms
-        rows[places] = part
+        part = eager.run(chunk, teacher[index], target[index], per_row, formed)
+        entries: Any = (..., *index)  # `rows` is (N,) or (N, R); for terms, 4 come first
+        rows[entries] = part
         if gradient is not None:
-            gradient.movedim(1, -1)[index] = (formed * unit).to(gradient.dtype)
+            gradient.movedim(1, -1)[index] = (formed * row_share).to(gradient.dtype)

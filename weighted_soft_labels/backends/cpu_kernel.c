@@ -9,17 +9,8 @@
  *          |   '- gradient     gradient replaces the student's exp(z / T)
  *          '- store_tile       gradient -> its tensor
  *
- * The closed form is the eager backend's. z = x - max x, e = exp(z), e' = exp(z / T), label y:
- *
- *     statistics  others = sum of e over all classes but one maximum; others' = the same of e'
- *     combine     CE = log1p(others) - z_y;  weight = -expm1(-CE_s / (CE_t + 1e-7))
- *                 soft = log1p(others'_s) - sum(e'_t * z_s) / (T * (1 + others'_t))
- *     gradient    hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t)
- *
- * The sums leave out one maximum, whose e is 1. If a model is sure of one class, Z = sum e is close
- * to 1, and the sum of the others is Z - 1 without cancellation. The eager backend leaves out one
- * maximum, too. The Triton kernels leave out the label instead, because a GPU thread knows the
- * label before it knows the maximum.
+ * The closed form stands in eager.py. As there, the sums leave out one maximum, whose e is 1: the
+ * sum of the others then is Z - 1 without cancellation. Triton's kernels leave out the label.
  *
  * Layouts: with "rows", the lanes of a vector are classes of one row. With "pixels", rows are
  * neighbours in memory, and lanes are rows. Loops over lanes are loops over short arrays, which the
@@ -71,7 +62,7 @@ typedef struct {
     Py_ssize_t batches, classes, rows, tile_rows, tiles_per_batch;
     long long ignore_index;
     float temperature, soft_weight, hard_weight, smoothing; /* soft_weight: alpha * T */
-    float unit; /* 1, or 1 / count for the mean */
+    float row_share; /* 1, or 1 / count for the mean */
     int terms, pixels;
     volatile int out_of_memory;
 } Job;
@@ -84,9 +75,11 @@ typedef struct { /* a tensor from a tile's first row on; strides in bytes */
 typedef struct {
     float *x[SETS]; /* logits, then exp(z / T) */
     float *e;       /* the student's exp(z), if T is neither 1 nor 2 */
-    int64_t row_pitch, class_pitch, line_pitch; /* in floats */
-    int64_t steps, step_pitch; /* vectors per row, and the floats between two of them */
-    int64_t lines, length; /* lines are rows of classes, or with pixels classes of rows */
+    /*         steps (vectors of a row)  lines    row_pitch  class_pitch  step_pitch  line_pitch
+     * rows    padded C / lanes          rows     padded C   1            lanes       padded C
+     * pixels  C                         classes  1          tile_rows    tile_rows   tile_rows */
+    int64_t steps, lines, row_pitch, class_pitch, step_pitch, line_pitch; /* pitches in floats */
+    int64_t length; /* of a line, without padding */
     int64_t index, first, rows; /* of the tile, of its first row; number of its rows */
     View prefetch[3]; /* next tile's student and teacher, this tile's gradient */
     int pixels;
@@ -292,8 +285,10 @@ INLINE void statistics(const Job *job, const Tile *tile, int64_t row, int j, Row
         at.below[i][0] = sum;
     }
     for (int l = 0; l < (tile->pixels ? lanes : 1); l++) {
-        for (int i = OTHERS; i <= TEACHER_SOFT_OTHERS; i++) /* add 1 for each further maximum */
-            at.sum[i][l] += (double)(job->classes - at.below[i / TEACHER_OTHERS][l] - 1);
+        for (int i = OTHERS; i <= TEACHER_SOFT_OTHERS; i++) { /* every further maximum has e = 1 */
+            const int set = i / TEACHER_OTHERS; /* STUDENT or TEACHER */
+            at.sum[i][l] += (double)(job->classes - at.below[set][l] - 1);
+        }
         for (int i = 0; i < SETS; i++)
             rows->peak[i][j + l] = at.peak[i][l];
         for (int i = 0; i < SUMS; i++)
@@ -307,7 +302,7 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
     const float classes = (float)job->classes;
     const float temperature = job->temperature, smoothing = job->smoothing;
     const float hard_weight = job->hard_weight, soft_weight = job->soft_weight;
-    const float unit = job->unit;
+    const float row_share = job->row_share;
     const int terms = job->terms;
     EACH_LANE {
         const float others = rows->sum[OTHERS][l];
@@ -320,7 +315,8 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
         const float student_ce = log_z - label_z;
         const float teacher_ce = log1p_(rows->sum[TEACHER_OTHERS][l]) - teacher_label_z;
         const float ratio = -student_ce / (teacher_ce + EPS);
-        const float weight = 0.0f - exp_minus(choose_float(ratio < -87.0f, -87.0f, ratio), 1);
+        const float clamped = choose_float(ratio < -87.0f, -87.0f, ratio);
+        const float weight = 0.0f - exp_minus(clamped, 1); /* exp_minus is 0 below -87, not -1 */
         const float soft = log1p_(rows->sum[SOFT_OTHERS][l]) - dot / (temperature * teacher_soft_z);
         const float uniform = log_z - rows->sum[Z_SUM][l] / classes;
         const float hard = (1 - smoothing) * student_ce + smoothing * uniform;
@@ -331,11 +327,11 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
         results[1][l] = or_zero(counted, teacher_ce);
         results[2][l] = or_zero(counted, weight);
         results[3][l] = or_zero(counted, soft);
-        rows->scale[HARD_SCALE][l] = unit * hard_weight / (1 + others);
-        rows->scale[SOFT_SCALE][l] = unit * soft_weight * weight / soft_z;
+        rows->scale[HARD_SCALE][l] = row_share * hard_weight / (1 + others);
+        rows->scale[SOFT_SCALE][l] = row_share * soft_weight * weight / soft_z;
         rows->scale[TEACHER_RATIO][l] = soft_z / teacher_soft_z;
-        rows->scale[UNIFORM][l] = unit * hard_weight * (smoothing / classes);
-        rows->scale[AT_LABEL][l] = unit * hard_weight * (1 - smoothing);
+        rows->scale[UNIFORM][l] = row_share * hard_weight * (smoothing / classes);
+        rows->scale[AT_LABEL][l] = row_share * hard_weight * (1 - smoothing);
     }
 }
 
@@ -367,11 +363,12 @@ INLINE void gradient(const Job *job, const Tile *tile, int64_t offset, int j, Ro
     if (tile->pixels)
         EACH_LANE rows->top[l] = top[l];
     for (int l = 0; l < lanes && !tile->pixels && rows->sum[SOFT_OTHERS][j] < 1; l++)
-        rows->top[j] = top[l] < 0 ? rows->top[j] : top[l] * lanes + l;
+        rows->top[j] = top[l] < 0 ? rows->top[j] : top[l] * lanes + l; /* a branch is slower */
 }
 
-/* Corrects the gradient of row `j` at the label and at the top class. If the top class has more
- * than half of the mass (others < 1), its p - 1 is -others / (1 + others): 1 - p would cancel. */
+/* Corrects the gradient of row `j`: subtracts q at the label, and replaces the gradient at the top
+ * class. If others < 1 there, p - 1 is -others / (1 + others), because 1 - p would cancel. `top` is
+ * -1 if no class has more than half of the mass and the label is not a maximum. */
 INLINE void gradient_at_label_and_top(const Job *job, const Tile *tile, int64_t offset, int j,
                                       const Rows *rows)
 {
@@ -621,12 +618,12 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     const int64_t counted = count_rows(&job);
     if (counted < 0)
         return NULL;
-    const double unit = strcmp(reduction, "mean") ? 1 : 1.0 / (double)counted;
+    const double row_share = strcmp(reduction, "mean") ? 1 : 1.0 / (double)counted;
     job.temperature = (float)temperature;
     job.soft_weight = (float)(alpha * temperature);
     job.hard_weight = (float)hard_weight;
     job.smoothing = (float)smoothing;
-    job.unit = (float)unit;
+    job.row_share = (float)row_share;
     job.terms = !strcmp(reduction, "terms");
     plan_tiles(&job);
 
@@ -649,7 +646,7 @@ static PyObject *run(PyObject *module, PyObject *arguments)
         non_finite += out[row] != out[row];
     }
     if (job.loss && job.loss != job.out)
-        *(float *)job.loss = (float)(sum * unit);
+        *(float *)job.loss = (float)(sum * row_share);
     return Py_BuildValue("LL", non_finite, (long long)counted);
 }
 

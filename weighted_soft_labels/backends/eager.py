@@ -11,15 +11,14 @@ student s and teacher t:
     gradient    hard_weight * (p_s - q) + alpha * T * weight * (p'_s - p'_t)
                 with p_k - 1 = -others / (1 + others) where others < 1
 
-A model that is sure of its top class has a sum of exponentials just above 1. `others` is that sum
-less 1 without cancellation, and p_k - 1 is small. The gradient adds such differences first and the
-1s last. The 1s cancel exactly where student, teacher and label agree.
+If a model is sure of its top class, the sum of e is just above 1, and `others` is that sum less 1
+without cancellation. The gradient adds the small numbers p_k - 1 first. The 1s of student, teacher
+and label come last: 1 - 1 is exactly 0, so no small number is rounded.
 
-The C kernel has the same sums. The Triton backend leaves out the label's class: a kernel knows the
-label before it reads the logits, the top class only afterwards.
+The C kernel leaves out the top class, too. The Triton backend leaves out the label's class: a
+kernel knows the label before it reads the logits, the top class only afterwards.
 
-`merge` combines the statistics of disjoint sets of classes. A process with a shard of the classes
-merges its statistics with those of the other processes, between `statistics` and `combine`.
+Between `statistics` and `combine`, processes with shards of the classes `merge` their statistics.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weighted_soft_labels._options import Options, index_shape
+from weighted_soft_labels._options import Options, index_shape, loss_shape
 
 EPS = 1e-7  # of the official code: keeps the weight finite where the teacher's cross-entropy is 0
 BLOCK = 2**18  # logits at a time on a CPU, so that their copies stay in the cache
@@ -49,16 +48,16 @@ class Shard(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """What the loss needs of a set of classes, (b, 1, r)."""
+    """What the loss needs of a set of classes, (b, 1, r) for b batches of r rows."""
 
     top: Tensor  # the student's maximum
     others: Tensor  # sum of the student's exp(z) without the top class
     soft_others: Tensor  # sum of the student's exp(z / T) without the top class
-    label: Tensor  # sum of the label's probabilities times the student's z
+    label_z: Tensor  # sum of the label's probabilities times the student's z
     teacher_top: Tensor
     teacher_others: Tensor
     teacher_soft_others: Tensor
-    teacher_label: Tensor
+    teacher_label_z: Tensor
     mass: Tensor  # sum of the label's probabilities; NaN if an index names no class
     dot: Tensor  # sum of the teacher's exp(z / T) times the student's z
     z_sum: Tensor  # sum of the student's z, needed for label smoothing alone
@@ -77,7 +76,7 @@ class Label(NamedTuple):
     """The target of a block."""
 
     indices: Tensor | None  # (b, 1, r); None for class probabilities
-    mass: Tensor  # (b, C, r); of an index (b, 1, r): 1, 0 in another shard, NaN for no class
+    mass: Tensor  # (b, C, r); for an index (b, 1, r): 1; 0 in another shard; NaN for no class
     ignored: Tensor | None  # (b, 1, r)
 
 
@@ -98,16 +97,16 @@ def run(
         gradient = None if gradient is None else batched(gradient)
         loss = run(student, teacher, target, options, gradient, shard)
         return loss[..., 0, :] if loss.dim() else loss
-    total = count(target, None if shard else student.shape[1], options.ignore_index)
     wide = torch.float64 in (student.dtype, teacher.dtype)
+    dtype = torch.float64 if wide else torch.float32
     terms = options.reduction == "terms"
-    shape = (4 if terms else 1, student.shape[0], student.shape[2])
-    rows = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-    total = total.to(rows.dtype)
-    unit = 1 / total if options.reduction == "mean" else torch.ones_like(total)
+    shape = loss_shape(options.reduction, student.shape)
+    rows = student.new_empty(shape or index_shape(student.shape), dtype=dtype)
+    counted = count(target, None if shard else student.shape[1], options.ignore_index).to(dtype)
+    row_share = 1 / counted if options.reduction == "mean" else torch.ones_like(counted)
     shared = None if shard is None else _shared(student, teacher, target, options, shard, rows)
     for b, r in blocks(student):
-        logits = student[b, :, r].to(rows.dtype), teacher[b, :, r].to(rows.dtype)
+        logits = student[b, :, r].to(dtype), teacher[b, :, r].to(dtype)
         label = _label(target[b, ..., r], logits[0], options.ignore_index, shard)
         if shared is None:
             part, tops, e = statistics(*logits, label, options)
@@ -116,16 +115,16 @@ def run(
             tops = [Top(*(x[..., r] for x in top)) for top in shared[1]]
         combined = combine(part, options.temperature)
         result = torch.cat(combined, 1) if terms else _loss(part, combined, options)
-        rows[:, b, r] = _kept(result, label).movedim(1, 0)
+        rows[..., b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None and gradient.shape[1]:
             if shared is not None:
-                _, p, soft = _exponentials(logits[0], tops[0], 1.0, options.temperature)
-                e = [p, soft, _exponentials(logits[1], tops[1], options.temperature)[1]]
-            formed = _gradient(e, part, tops, label, combined.weight, unit, options)
-            gradient[b, :, r] = _kept(formed, label)
-    if terms or options.reduction == "none":
-        return rows if terms else rows[0]
-    return rows.sum() / total if options.reduction == "mean" else rows.sum()
+                e = _exponentials(logits[0], tops[0], 1.0, options.temperature)[1:]
+                e += _exponentials(logits[1], tops[1], options.temperature)[1:]
+            block = _gradient(e, part, tops, label, combined.weight, row_share, options)
+            gradient[b, :, r] = _kept(block, label)
+    if shape:
+        return rows
+    return rows.sum() / counted if options.reduction == "mean" else rows.sum()
 
 
 def batched(x: Tensor) -> Tensor:
@@ -164,12 +163,12 @@ def count(target: Tensor, classes: int | None, ignore_index: int) -> Tensor:
     if target.is_floating_point():
         rows = target.shape[0] * target.shape[2:].numel()
         return torch.full((), rows, device=target.device)
-    label = target.long()  # compared in uint8, 156 would equal an ignore_index of -100
-    kept = label != ignore_index
+    index = target.long()  # compared in uint8, 156 would equal an ignore_index of -100
+    kept = index != ignore_index
     if classes is not None and target.device.type == "cpu":
-        outside = kept & ((label < 0) | (label >= classes))
+        outside = kept & ((index < 0) | (index >= classes))
         if outside.any():
-            wrong = int(label.flatten()[outside.flatten().int().argmax()])
+            wrong = int(index.flatten()[outside.flatten().int().argmax()])
             raise IndexError(
                 f"target must hold class indices in [0, {classes}) or "
                 f"ignore_index ({ignore_index}), got {wrong}"
@@ -199,7 +198,7 @@ def _kept(x: Tensor, label: Label) -> Tensor:
 def statistics(
     student: Tensor, teacher: Tensor, label: Label, options: Options
 ) -> tuple[Statistics, list[Top], list[Tensor]]:
-    """Return also the top classes, and exp(z), exp(z / T) and exp(z' / T) for the gradient."""
+    """Return the statistics, the top classes, and exp(z), exp(z / T) and exp(z' / T)."""
     top, teacher_top = _top(student), _top(teacher)
     temperatures = 1.0, options.temperature
     z, e, soft = _exponentials(student, top, *temperatures)
@@ -208,11 +207,11 @@ def statistics(
         top=top.logit,
         others=_sum(e),
         soft_others=_sum(soft),
-        label=_label_sum(label, z),
+        label_z=_label_sum(label, z),
         teacher_top=teacher_top.logit,
         teacher_others=_sum(teacher_e),
         teacher_soft_others=_sum(teacher_soft),
-        teacher_label=_label_sum(label, teacher_z),
+        teacher_label_z=_label_sum(label, teacher_z),
         mass=_sum(label.mass),
         dot=_expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
         z_sum=_sum(z) if options.label_smoothing else torch.zeros_like(top.logit),
@@ -262,11 +261,11 @@ def merge(shards: Statistics, temperature: float) -> tuple[Statistics, list[Tens
         top=top,
         others=_others(shards.others, shift, owner),
         soft_others=_others(shards.soft_others, soft_shift, owner),
-        label=_shifted(shards.mass, shards.label, shift),
+        label_z=_shifted(shards.mass, shards.label_z, shift),
         teacher_top=teacher_top,
         teacher_others=_others(shards.teacher_others, teacher_shift, teacher_owner),
         teacher_soft_others=_others(shards.teacher_soft_others, teacher_soft_shift, teacher_owner),
-        teacher_label=_shifted(shards.mass, shards.teacher_label, teacher_shift),
+        teacher_label_z=_shifted(shards.mass, shards.teacher_label_z, teacher_shift),
         mass=shards.mass.sum(0, keepdim=True),
         dot=_shifted(scale * (1 + shards.teacher_soft_others), scale * shards.dot, shift),
         z_sum=_shifted(shards.classes, shards.z_sum, shift),
@@ -283,12 +282,12 @@ def _highest(tops: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _others(others: Tensor, shift: Tensor, owner: Tensor) -> Tensor:
-    e = shift.exp()  # the top classes of shards: all but one are among the others
+    e = shift.exp()  # of each shard's top class; all but the owner's belong to the others
     return (others * e + e.scatter(0, owner, 0.0)).sum(0, keepdim=True)
 
 
 def _shifted(mass: Tensor, value: Tensor, shift: Tensor) -> Tensor:
-    """Sum of mass times z, given that sum for a z that is higher by `-shift`."""
+    """Add up the shards' sums of mass * z; z was relative to a shard's maximum."""
     return (value + mass * shift).masked_fill(mass == 0, 0).sum(0, keepdim=True)
 
 
@@ -303,7 +302,7 @@ def _shared(
     rows = student.shape[2]
     slots = like.new_zeros((shard.processes, len(Statistics._fields), 1, rows))
     own = slots[shard.rank]
-    own[:8:4].fill_(-math.inf)  # the tops, if this process has no classes
+    own[0] = own[4] = -math.inf  # top and teacher_top, if this process has no classes
     indices = torch.zeros((2, 1, rows), dtype=torch.int64, device=student.device)
     for _, r in blocks(student) if student.shape[1] else ():
         logits = student[:, :, r].to(like.dtype), teacher[:, :, r].to(like.dtype)
@@ -331,8 +330,8 @@ class Terms(NamedTuple):
 
 
 def combine(part: Statistics, temperature: float) -> Terms:
-    student_ce = part.mass * part.others.log1p() - part.label
-    teacher_ce = part.mass * part.teacher_others.log1p() - part.teacher_label
+    student_ce = part.mass * part.others.log1p() - part.label_z
+    teacher_ce = part.mass * part.teacher_others.log1p() - part.teacher_label_z
     # A student that rules the label out is infinitely worse than any teacher.
     weight = -torch.expm1(-student_ce / (teacher_ce + EPS))
     weight = weight.masked_fill(student_ce == math.inf, 1)
@@ -365,31 +364,31 @@ def _gradient(
     tops: list[Top],
     label: Label,
     weight: Tensor,
-    unit: Tensor,
+    row_share: Tensor,
     options: Options,
 ) -> Tensor:
-    """Return the gradient times `unit`, in the memory of `e`."""
+    """Return the gradient times `row_share`, in the memory of `e`."""
     p, soft, teacher_soft = e
     top, teacher_top = tops
     if options.hard_weight:
         one = _softmax_less_1_(p, top, part.others)
         _less_label_(p, top, one, part, label, options.label_smoothing)
         # Class probabilities have entered with their mass. That of an index is 1, or NaN.
-        p.mul_(unit * options.hard_weight * (1.0 if label.indices is None else part.mass))
+        p.mul_(row_share * options.hard_weight * (1.0 if label.indices is None else part.mass))
     if not options.alpha:
         return p if options.hard_weight else p.zero_()
     one = _softmax_less_1_(soft, top, part.soft_others)
     teacher_one = _softmax_less_1_(teacher_soft, teacher_top, part.teacher_soft_others)
     difference = soft.sub_(teacher_soft)
     _add_ones_(difference, top.indices, one, teacher_top.indices, teacher_one)
-    scale = unit * (options.alpha * options.temperature) * weight
+    scale = row_share * (options.alpha * options.temperature) * weight
     return p.addcmul_(difference, scale) if options.hard_weight else difference.mul_(scale)
 
 
 def _softmax_less_1_(e: Tensor, top: Top, others: Tensor) -> Tensor:
-    """Turn `e` into the softmax, less 1 at the top class of rows that are sure; return those 1s.
+    """Turn `e` into the softmax. Where the top class has most of the mass, store p - 1, return 1.
 
-    In other rows the top class has at most half of the mass: less 1 it would lose digits.
+    Elsewhere p is at most 1/2, and p - 1 would lose digits.
     """
     sure = others < 1
     e.scatter_add_(1, top.indices, torch.where(sure, -others, 1.0) * top.here).div_(1 + others)
@@ -413,8 +412,8 @@ def _less_label_(
 def _add_ones_(
     p: Tensor, index: Tensor, one: Tensor, other: Tensor, other_one: Tensor, smoothing: float = 0.0
 ) -> None:
-    """Add `one`, subtract `(1 - smoothing) * other_one`: in the same class, as one number."""
-    same = index == other
-    more = smoothing * other_one
-    p.scatter_add_(1, index, torch.where(same, one - other_one + more, one))
-    p.scatter_add_(1, other, (more - other_one).masked_fill_(same, 0))
+    """Add `one` at `index`, and subtract `(1 - smoothing) * other_one` at `other`."""
+    same = index == other  # then 1 - 1 comes first, and one sum is added
+    smoothed = smoothing * other_one
+    p.scatter_add_(1, index, torch.where(same, one - other_one + smoothed, one))
+    p.scatter_add_(1, other, (smoothed - other_one).masked_fill_(same, 0))

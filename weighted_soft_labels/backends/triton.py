@@ -6,18 +6,16 @@ The steps have the names and the order of `eager.py` and `cpu_kernel.c`:
     combine     cross-entropies, weight, soft term and loss: one number per row
     gradient    one number per class
 
-This file leaves the label out of its sums; eager and C leave out one maximum. A thread knows the
-label before it reads a logit, but the maximum only after the last one. Besides, the cross-entropy
-needs the label's probability anyway. If a model is confident in the label, the sum of the others
-is Z - 1 without cancellation. For a target of probabilities, the label is the class with the
-largest of them.
+The closed form stands in eager.py. These sums leave out the label instead of the top class: a
+thread knows the label before it reads a logit, but the maximum only after the last one. For a
+target of probabilities, the label is the class with the largest of them.
 
 The kernel sees logits as (batch, classes, rows) with any strides, so (N, C), (N, C, d1, ...) and
 channels_last need no copy. (N, C) is one batch of N rows. A program computes ROWS rows with all
 their classes, in tiles [K, ROWS, LANES, VECTOR]:
 
 - LANES threads share a row. Each takes VECTOR neighbouring classes at a time, 16 bytes where the
-  layout allows, and K times that: at most 32 classes.
+  layout allows, and K times that; see `_tile_sizes`.
 - Up to 8192 classes, a row stays in registers from its statistics to its gradient. For logits of b
   bytes, 3b bytes move per element.
 - Beyond that, the tile passes over the classes twice. The second pass starts at the end, which the
@@ -39,14 +37,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from weighted_soft_labels._options import Options, index_shape
+from weighted_soft_labels._options import Options, index_shape, loss_shape
 
 # Arguments that change with the batch: another value of one compiles no other kernel.
 COUNTS = ["row_count", "size", "ignore_index"]
 
 
 class Plan(NamedTuple):
-    """What a kernel is compiled for; see `_launch`."""
+    """What a kernel is compiled for; see `_launch` and `_tile_sizes`."""
 
     CLASSES: tl.constexpr
     K: tl.constexpr
@@ -58,7 +56,7 @@ class Plan(NamedTuple):
     PROBABILITIES: tl.constexpr
     SMOOTHING: tl.constexpr
     PIXELS: tl.constexpr
-    COUNT: tl.constexpr
+    COUNT: tl.constexpr  # 0: no mean; 1: each program counts; 2: `_count_kernel` has counted
 
 
 class Settings(NamedTuple):
@@ -191,21 +189,20 @@ def _per_class(x):
 
 
 @triton.jit
-def _logits(x, batch, row, UNIT: tl.constexpr):
-    # `_launch` has checked that these strides are multiples of UNIT, and this form tells the
-    # compiler, which then loads and stores 16 bytes at a time.
-    return Logits(x[0] + (batch * (x[1] // UNIT * UNIT) + row * (x[3] // UNIT * UNIT)), x[2])
+def _logits(operand, batch, row, DIVISOR: tl.constexpr):
+    # `_launch` has checked that DIVISOR divides strides b and r, and this form tells the compiler,
+    # which then loads and stores 16 bytes at a time.
+    address, b, c, r = operand
+    start = batch * (b // DIVISOR * DIVISOR) + row * (r // DIVISOR * DIVISOR)
+    return Logits(address + start, c)
 
 
 @triton.jit
 def _columns(start, exists, plan: tl.constexpr):
-    """The classes of a tile, as (first class of a lane) + step, and which of them exist.
-
-    The sum is taken where it is used: comparisons with `step` have a constant on one side.
-    """
+    """Return lane, step and mask of a tile, whose classes are lane + step."""
     k = tl.arange(0, plan.K)[:, None, None, None] * (plan.LANES * plan.VECTOR)
     lane = start + tl.arange(0, plan.LANES)[None, None, :, None] * plan.VECTOR
-    step = k + tl.arange(0, plan.VECTOR)[None, None, None, :]
+    step = k + tl.arange(0, plan.VECTOR)[None, None, None, :]  # a constant: cheaper to compare
     return lane, step, _per_class(exists) & (lane + step < plan.CLASSES)
 
 
@@ -263,13 +260,13 @@ def _kept(target, size, stride, ignore_index):
 
 
 @triton.jit
-def _unit(target, counted, size, stride, ignore_index, share, COUNT: tl.constexpr):
+def _row_share(target, counted, size, ignore_index, share, COUNT: tl.constexpr):
     """How much a row counts in the loss: `share`, over the number of kept rows if COUNT.
 
     Every program counts up to 1024 labels itself. `_count_kernel` counts more, in up to 256 parts.
     """
     if COUNT == 1:
-        kept = _kept(target, size.to(tl.int32), stride, ignore_index)
+        kept = _kept(target[0], size.to(tl.int32), target[3], ignore_index)
         share /= tl.sum(kept, axis=0).to(tl.float32)
     elif COUNT == 2:
         part = tl.arange(0, 256)
@@ -323,7 +320,7 @@ def _tile_statistics(student, teacher, target, start, rows, previous, inverse, p
 
 @triton.jit
 def _merge_sums(a, b, others_q, inverse, plan: tl.constexpr):
-    """The sums of a and b relative to b's maximum, that maximum's rise, and its exp(-rise / T)."""
+    """Merge a into b, whose maximum is `rise` higher. Return the sums, rise and exp(-rise / T)."""
     rise = b.maximum - a.maximum
     factor, soft_factor = _exponentials(-rise, inverse, plan.TEMPERATURE)
     others = a.others * factor + b.others
@@ -420,14 +417,14 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
 
 
 @triton.jit
-def _scales(statistics, student, teacher, label_q, weight, unit, settings, plan: tl.constexpr):
-    """Factors of the gradient; `unit` is what a row counts in the loss, 0 if ignored."""
-    hard_weight = settings.hard_weight * unit
-    smoothed = settings.hard_weight * settings.smoothing * unit
+def _scales(statistics, student, teacher, label_q, weight, share, settings, plan: tl.constexpr):
+    """Factors of the gradient; `share` is how much a row counts in the loss, 0 if ignored."""
+    hard_weight = settings.hard_weight * share
+    smoothed = settings.hard_weight * settings.smoothing * share
     q, uniform = hard_weight - smoothed, smoothed / plan.CLASSES
     others_q = q * statistics.others_q + smoothed
     hard = (others_q + q * label_q) / (1 + student.excess)
-    soft = _product(settings.alpha_t, weight) * unit / (1 + student.soft_excess)
+    soft = _product(settings.alpha_t, weight) * share / (1 + student.soft_excess)
     # Exactly 1 where student and teacher agree: their parts cancel to the last digit.
     equal = student.soft_excess == teacher.soft_excess
     ratio = tl.where(equal, 1.0, (1 + student.soft_excess) / (1 + teacher.soft_excess))
@@ -470,10 +467,10 @@ def _store_gradient(
 
 @triton.jit
 def _program(
-    operands, counted, row_count, ignore_index, share, settings,
-    GRADIENT: tl.constexpr, plan: tl.constexpr,
+    operands, loss, counted, row_count, ignore_index, share, settings,
+    GRADIENT: tl.constexpr, TERMS: tl.constexpr, plan: tl.constexpr,
 ):  # fmt: skip
-    """A program's rows, their terms, loss and unit. With GRADIENT, stores the gradient."""
+    """See `_forward_kernel`. A function, because Triton 3.3 makes a plan only as an argument."""
     inverse = settings.inverse
     blocks = tl.cdiv(row_count, plan.ROWS)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
@@ -483,8 +480,7 @@ def _program(
     target = _logits(operands[2], batch, row, plan.VECTOR if plan.PROBABILITIES else 1)
     gradient = _logits(operands[3], batch, row, plan.VECTOR)
     rows = _rows(target, batch, row, row_count, ignore_index, plan)
-    labels = operands[2]
-    unit = _unit(labels[0], counted, rows.size, labels[3], ignore_index, share, plan.COUNT)
+    row_share = _row_share(operands[2], counted, rows.size, ignore_index, share, plan.COUNT)
     lowest = tl.full([plan.ROWS, plan.LANES], -3.4028234663852886e38, tl.float32)  # of float32
     statistics = _empty(lowest, lowest, plan)
     if plan.TILE >= plan.CLASSES:
@@ -497,10 +493,10 @@ def _program(
     statistics = _across_lanes(statistics)
     s = _row(statistics.student, statistics.others_q, student, rows, inverse, plan)
     t = _row(statistics.teacher, statistics.others_q, teacher, rows, inverse, plan)
-    weight, soft, loss = _combine(s, t, statistics.dot, statistics.z_sum, settings, plan)
+    weight, soft, row_loss = _combine(s, t, statistics.dot, statistics.z_sum, settings, plan)
     if GRADIENT:
-        kept_unit = tl.where(rows.kept, unit, 0.0)
-        scales = _scales(statistics, s, t, rows.q, weight, kept_unit, settings, plan)
+        kept_share = tl.where(rows.kept, row_share, 0.0)
+        scales = _scales(statistics, s, t, rows.q, weight, kept_share, settings, plan)
         student_maximum = _per_class(statistics.student.maximum)
         teacher_maximum = _per_class(statistics.teacher.maximum)
         last: tl.constexpr = (plan.CLASSES - 1) // plan.TILE * plan.TILE
@@ -515,7 +511,14 @@ def _program(
             _store_gradient(
                 gradient, student_z, teacher_z, target, start, rows, scales, inverse, plan
             )
-    return rows, (s.ce, t.ce, weight, soft), loss, unit
+    if TERMS:
+        terms = (s.ce, t.ce, weight, soft)
+        for i in tl.static_range(4):
+            term = tl.where(rows.kept, terms[i], 0.0)
+            tl.store(loss + i * rows.size + rows.index, term, rows.exists)
+    else:
+        # If all rows are ignored, their share is inf and every row is 0 * inf = NaN.
+        tl.store(loss + rows.index, tl.where(rows.kept, row_loss, 0.0) * row_share, rows.exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -529,7 +532,7 @@ def _forward_kernel(
     VECTOR: tl.constexpr, PIXELS: tl.constexpr, COUNT: tl.constexpr,
     GRADIENT: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """Store the loss of every row times its unit, or with TERMS its four terms.
+    """Store the loss of every row times its share, or with TERMS its four terms.
 
     With GRADIENT, also store the gradient for an upstream gradient of 1.
     """
@@ -539,19 +542,12 @@ def _forward_kernel(
         (target, target_b, target_c, target_r),
         (gradient, gradient_b, gradient_c, gradient_r),
     )
-    rows, terms, row_loss, unit = _program(
-        operands, counted, row_count, ignore_index, share,
-        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT,
+    _program(
+        operands, loss, counted, row_count, ignore_index, share,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT, TERMS,
         Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR,
              TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
-    if TERMS:
-        for i in tl.static_range(4):
-            term = tl.where(rows.kept, terms[i], 0.0)
-            tl.store(loss + i * rows.size + rows.index, term, rows.exists)
-    else:
-        # If all rows are ignored, the unit is inf and every row is 0 * inf = NaN.
-        tl.store(loss + rows.index, tl.where(rows.kept, row_loss, 0.0) * unit, rows.exists)
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -597,24 +593,20 @@ def run(
     student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
 ) -> Tensor:
     """Return the loss; see `weighted_soft_labels.backends`."""
-    reduction = options.reduction
-    shape = index_shape(student.shape)
-    loss = student.new_empty((4, *shape) if reduction == "terms" else shape, dtype=torch.float32)
+    shape = loss_shape(options.reduction, student.shape)
+    rows = student.new_empty(shape or index_shape(student.shape), dtype=torch.float32)
     # Without a gradient, its pointer is not followed.
-    tensors = (student, teacher, target, student if gradient is None else gradient, loss)
+    tensors = (student, teacher, target, student if gradient is None else gradient, rows)
     with torch.cuda.device_of(student):  # Triton launches on the current device
         _forward(tensors, options, gradient is not None)
-    if reduction in ("none", "terms"):
-        return loss
-    total = loss.sum()  # the rows of a mean are shares of it
-    return total * math.nan if reduction == "mean" and loss.numel() == 0 else total
+    if shape:
+        return rows
+    loss = rows.sum()  # the rows of a mean are shares of it
+    return loss * math.nan if options.reduction == "mean" and rows.numel() == 0 else loss
 
 
 def multiply_(gradient: Tensor, factor: Tensor) -> None:
-    """Multiply a dense gradient in place, in float32.
-
-    `factor` has no dimension, or one entry per element of the loss.
-    """
+    """Multiply in place, in float32. `factor` has one entry, or one per element of the loss."""
     if factor.dim():
         gradient.mul_(factor.unsqueeze(1))
         return
@@ -656,11 +648,12 @@ def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> Non
         bound, arguments = replay
         bound(*tensors, student, *arguments)
         return
-    programs, counted, scalars, constants = _launch(student, teacher, target, gradient, options)
-    constants |= {"GRADIENT": wanted, "TERMS": options.reduction == "terms"}
+    count, counted, share = _count(student, target, options)
+    programs, scalars, constants = _launch(tensors, options, share)
+    constants |= {"COUNT": count, "GRADIENT": wanted, "TERMS": options.reduction == "terms"}
     compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants, **FUSION)
     # An interpreted launch returns None. With COUNT = 2 another kernel has to count first.
-    if aligned and compiled is not None and constants["COUNT"] != 2:
+    if aligned and compiled is not None and count != 2:
         if len(_REPLAYS) >= 256:
             _REPLAYS.clear()
         constexprs = (constants[name] for name in _forward_kernel.arg_names if name in constants)
@@ -668,16 +661,10 @@ def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> Non
 
 
 def _launch(
-    student: Tensor, teacher: Tensor, target: Tensor, gradient: Tensor, options: Options
-) -> tuple[int, Tensor, list[Any], dict[str, Any]]:
-    """Return the number of programs, `counted`, the scalar arguments and the constants.
-
-    A thread takes at most 32 classes of both sets of logits. More do not fit into the 128 registers
-    that let 16 warps share a multiprocessor. With fewer, the work per thread and row costs more
-    than the classes. So a warp takes 1024 elements, and 1000 classes need no exchange between
-    warps. With probabilities, or several tiles, other numbers need registers too: 16 classes. Then
-    16 warps share a row, and with few rows at a time, the second pass finds its row in the L2.
-    """
+    tensors: tuple[Tensor, ...], options: Options, share: float
+) -> tuple[int, list[Any], dict[str, Any]]:
+    """Return the number of programs, the scalar arguments and the constants of tiles."""
+    student, teacher, target, gradient, _ = tensors
     batches, classes, rows = 1, student.shape[1], len(student)
     if student.dim() == 3 and student.shape[2] != 1:
         batches, rows = student.shape[0], student.shape[2]
@@ -687,37 +674,49 @@ def _launch(
     operands = (student, teacher, q, gradient)
     strides = [_strides(operand) for operand in operands]
     pixels = rows > 1 and strides[0][1] != 1 and strides[0][2] == 1
-    per_class = [(x, s) for x, s in zip(operands, strides) if probabilities or x is not q]
+    per_class = operands if probabilities else (student, teacher, gradient)
     vector = 1 if pixels else _vector(classes, per_class)
-    lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
-    k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
-    if classes > (512 if pixels else 8192):
-        lanes, k = 16 if pixels else 512, 16 // vector
-    warps = max(4, lanes if pixels else lanes // 32)
+    lanes, k, warps = _tile_sizes(classes, pixels, probabilities, vector)
     block = warps * 32 // lanes
-    count, counted, share = _count(student, target, options)
     temperature = options.temperature
     alpha_t = options.alpha * temperature
     settings = (1 / temperature, alpha_t, alpha_t * temperature, options.hard_weight)
     scalars: list[Any] = [rows, options.ignore_index, *settings, options.label_smoothing, share]
     scalars.extend(stride for operand in strides for stride in operand)
-    return batches * -(-rows // block), counted, scalars, {
+    return batches * -(-rows // block), scalars, {
         "CLASSES": classes, "K": k, "ROWS": block, "LANES": lanes, "VECTOR": vector,
         "TEMPERATURE": int(temperature) if temperature in (1, 2) else 0,
         "PROBABILITIES": probabilities, "SMOOTHING": options.label_smoothing > 0,
-        "PIXELS": pixels, "COUNT": count, "num_warps": warps,
+        "PIXELS": pixels, "num_warps": warps,
     }  # fmt: skip
 
 
-def _vector(classes: int, operands: list[tuple[Tensor, tuple[int, int, int]]]) -> int:
-    """How many classes, at most 16 bytes, a thread loads at once from every tensor.
+def _tile_sizes(classes: int, pixels: bool, probabilities: bool, vector: int) -> tuple[int, ...]:
+    """Return LANES, K and the number of warps.
 
-    More than one only if the classes of all tensors are neighbours in memory, as `_address` claims.
+        number of classes           LANES             classes of a thread (K * VECTOR)
+        <= 8192 (pixels: 512)       classes / 32      at most 32
+        the same, of probabilities  classes / 16      at most 16
+        more                        512 (pixels: 16)  16
+
+    More than 32 do not fit into the 128 registers that let 16 warps share a multiprocessor. With
+    fewer, the work per thread and row costs more than the classes. Probabilities and several tiles
+    need registers, too. If 16 warps share a row, the second pass finds the row in the L2.
     """
-    if any(strides[1] != 1 for _, strides in operands):
-        return 1
-    largest = max(x.element_size() for x, _ in operands)
-    return math.gcd(16 // largest, classes, *(s for _, (b, _, r) in operands for s in (b, r)))
+    lanes = triton.next_power_of_2(triton.cdiv(classes, 16 if probabilities else 32))
+    k = triton.next_power_of_2(triton.cdiv(classes, lanes * vector))
+    if classes > (512 if pixels else 8192):
+        lanes, k = 16 if pixels else 512, 16 // vector
+    return lanes, k, max(4, lanes if pixels else lanes // 32)
+
+
+def _vector(classes: int, operands: tuple[Tensor, ...]) -> int:
+    """How many classes, at most 16 bytes, a thread loads at once from every tensor."""
+    strides = [_strides(x) for x in operands]
+    if any(c != 1 for _, c, _ in strides):
+        return 1  # with more, `_address` claims that classes are neighbours in memory
+    largest = max(x.element_size() for x in operands)
+    return math.gcd(16 // largest, classes, *(s for b, _, r in strides for s in (b, r)))
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
