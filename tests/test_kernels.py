@@ -432,7 +432,7 @@ def test_descriptions_are_forgotten_when_there_are_many(launches, monkeypatch):
 
 def test_tensors_that_triton_cannot_run_are_refused(monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    monkeypatch.setattr(backends, "_failures", {})
+    monkeypatch.setattr(backends, "_modules", {})
     with pytest.raises(RuntimeError, match=r"'triton' was forced .* TRITON_INTERPRET=1, got cpu"):
         wsl_loss(*problem((3, 5)))
 

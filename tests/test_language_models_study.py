@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
+import re
 import shutil
 import sys
 import sysconfig
@@ -235,3 +237,24 @@ def test_the_report_computes_differences_within_a_seed(tmp_path: Path) -> None:
         assert (row["masked - KD"] is None) == (row["masked"] is None)
     (eight,) = (row for row in summary if row["k"] == 8)
     assert eight["WSL - all"] == pytest.approx(0.5)
+
+
+def test_the_page_prints_what_the_tables_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, results = (STUDY / "STUDY.md").read_text(), STUDY / "results" / "language-models"
+    shutil.copy(results / "language_models.csv", tmp_path)
+    described = json.loads((results / "language_models.json").read_text())
+    script.report(tmp_path, described)
+    summary = (results / "language_models_summary.csv").read_text()
+    assert (tmp_path / "language_models_summary.csv").read_text() == summary
+    printed = capsys.readouterr().out
+    header = r"^\| (?:teacher \| (?:teacher's bits|KD - CE|all tokens)|k) \|"
+    tables = re.findall(rf"{header}.*?^\n", page, re.MULTILINE | re.DOTALL)
+    assert len(tables) == 4
+    assert all(table in printed for table in tables)
+    section = page.partition("## Language models")[2].partition("\n## ")[0]
+    intervals = re.findall(r"[+-]?\d\.\d{3} \+- \d\.\d{3}", section)
+    assert all(interval.lstrip("+-") in printed for interval in intervals)
+    assert f"{described['seeds']} seeds" in section
+    assert described["device"] in section

@@ -212,7 +212,9 @@ class EagerLoss(Function):
             gradient = multiplied(gradient, upstream, scale, loss)
         else:
             ctx.multiply_(gradient, factor_of(upstream, scale, loss))
-        return gradient.to(ctx.dtype), None, None, None, None
+        if gradient.dtype != ctx.dtype:  # saved in float32
+            gradient = gradient.to(ctx.dtype)
+        return gradient, None, None, None, None
 
 
 # In backward, a saved tensor has two references: autograd's and Python's. A saved-tensor hook that
@@ -384,10 +386,14 @@ def autograd_kernel(
         raise NotImplementedError(
             "wsl_loss in a torch.func transform: leave the transform out of the compiled code"
         )
-    wanted = wanted or (torch.is_grad_enabled() and student.requires_grad)
-    outputs: tuple[Tensor, ...] = SavedGradients.apply(
-        operator, student, teacher, target, wanted, *others
-    )
+    differentiated = torch.is_grad_enabled() and student.requires_grad
+    outputs: tuple[Tensor, ...]
+    if differentiated or forward_ad._current_level >= 0:  # forward-mode AD is refused
+        wanted = wanted or differentiated
+        outputs = SavedGradients.apply(operator, student, teacher, target, wanted, *others)
+    else:  # for example, compiled code when it runs
+        with torch._C._AutoDispatchBelowAutograd():
+            outputs = operator(student, teacher, target, wanted, *others)
     return outputs
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SIGNED = (torch.int8, torch.int16, torch.int32, torch.int64)
-UNSIGNED = (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = frozenset((*SIGNED, torch.uint8, torch.uint16, torch.uint32, torch.uint64))
 INT64_MAX = 2**63 - 1
 
 
@@ -152,10 +152,10 @@ def check_kind(name: str, tensor: Any, advice: str = "pass .to_local()") -> None
 
 
 def _check_target(target: Tensor, shape: torch.Size) -> None:
-    if target.dtype in DTYPES:
+    if target.is_floating_point() and target.dtype in DTYPES:
         kind = "class probabilities (floating point) must have the shape of the logits"
         expected = shape
-    elif target.dtype not in SIGNED + UNSIGNED:
+    elif target.dtype not in INTEGERS:
         raise TypeError(
             "target must hold class indices (an integer dtype) or class probabilities "
             f"(float16, bfloat16, float32 or float64), got {target.dtype}"

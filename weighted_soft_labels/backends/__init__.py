@@ -41,7 +41,8 @@ REMEDIES = {
     "TRITON_CACHE_DIR; TRITON_PTXAS_PATH names a newer ptxas.",
 }
 _forced = "auto"
-_failures: dict[tuple[str, torch.device], str | None] = {}  # why a backend cannot run there
+# By name and device: the backend, or why it cannot run there.
+_modules: dict[tuple[str, torch.device], ModuleType | str] = {}
 
 
 class use_backend:
@@ -98,14 +99,13 @@ def choose(student: Tensor, teacher: Tensor, target: Tensor, backend: str = "aut
     if name == "eager":
         return eager
     unsupported = _unsupported(name, student, teacher, target)
-    failure = None if unsupported else _failure(name, student)
-    if not unsupported and not failure:
-        return _load(name)
+    module = unsupported or _module_or_failure(name, student)
+    if not isinstance(module, str):
+        return module
     if wished != "auto":
-        reason = unsupported or failure
-        raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {reason}")
-    if failure:
-        _warn_once(name, failure)
+        raise RuntimeError(f"backend {name!r} was forced and cannot run these tensors: {module}")
+    if not unsupported:
+        _warn_once(name, module)
     return eager
 
 
@@ -123,31 +123,25 @@ def _unsupported(name: str, student: Tensor, teacher: Tensor, target: Tensor) ->
     return None
 
 
-def _failure(name: str, student: Tensor) -> str | None:
-    """Return why the backend cannot run on the student's device at all, found out once."""
+def _module_or_failure(name: str, student: Tensor) -> ModuleType | str:
+    """Return the backend, or why it cannot run on the student's device at all."""
     key = (name, student.device)
-    if key in _failures:
-        return _failures[key]
-    if student.is_cuda and torch.cuda.is_current_stream_capturing():
-        return None  # a probe would break the capture; a later call probes
+    if key in _modules:
+        return _modules[key]
     try:
-        module = _load(name)
+        module = import_module(f"weighted_soft_labels.backends.{name}")
+        if student.is_cuda and torch.cuda.is_current_stream_capturing():
+            return module  # a probe would break the capture; a later call probes
         if name == "triton":
             module.probe(student)
+        _modules[key] = module
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
-        _failures[key] = f"{type(error).__name__}: {lines[0]}"
+        _modules[key] = f"{type(error).__name__}: {lines[0]}"
         logging.getLogger(__name__).debug("backend %s cannot run", name, exc_info=True)
-    else:
-        _failures[key] = None
-    return _failures[key]
-
-
-@cache
-def _load(name: str) -> ModuleType:
-    return import_module(f"weighted_soft_labels.backends.{name}")
+    return _modules[key]
 
 
 @cache

@@ -134,7 +134,17 @@ def batched(x: Tensor) -> Tensor:
 
 def multiply_(gradient: Tensor, factor: Tensor) -> None:
     """Multiply in place, in the precision of `factor`, which has one entry or one per element."""
-    if gradient.is_cpu and factor.dim() == 0 and factor.item() == 1:
+    if factor.dim() == 0:
+        if gradient.is_cpu and factor.item() == 1:
+            return
+        if factor.dtype == gradient.dtype:
+            gradient.mul_(factor)
+            return
+    if gradient.numel() <= BLOCK:
+        # A factor without dimensions would be rounded to the gradient's dtype first.
+        gradient.mul_(
+            factor.unsqueeze(min(1, gradient.dim() - 1)) if factor.dim() else factor[None]
+        )
         return
     matrix = gradient[None] if gradient.dim() == 1 else gradient
     rows = batched(matrix) if matrix.dim() == 2 else matrix.flatten(2)
