@@ -285,12 +285,13 @@ def buffers_of(
     separate = student.input.is_cuda or settings.student_softcap is not None
     # The range of float16 is too small for a gradient.
     half = _sums(student.input) and student.input.dtype == torch.bfloat16
-    copies = 1 + separate + of_teacher
     size = settings.chunk_size
     if size is None:
         numerator = 34 if student.weight.element_size() == 2 else 72
+        copies = 3 if separate else 2
         size = max(numerator * width // 64 // copies, 2**21 // max(1, largest))
-    shape = copies - half, max(1, min(rows, size)), len(student.weight)
+    number = 1 + of_teacher + (separate and not half)
+    shape = number, max(1, min(rows, size)), len(student.weight)
     # In one piece: of large ones, not of small ones, the memory returns to the system on a CPU.
     buffers = student.input.new_empty(shape, dtype=dtype)
     if half:
