@@ -98,6 +98,7 @@ linux = pytest.mark.skipif(
 
 
 @linux
+@pytest.mark.slow
 def test_benchmark_prints_and_writes_what_it_measured_and_figures_follow(tmp_path, monkeypatch):
     monkeypatch.setenv(
         "OMP_WAIT_POLICY", "passive"

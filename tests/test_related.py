@@ -113,6 +113,7 @@ def test_wsl_gives_the_student_the_weighted_soft_gradient_alone(pair):
     torch.testing.assert_close(student_logits.grad, expected)
 
 
+@pytest.mark.slow
 def test_prokt_prints_differences_within_a_seed(printed):
     rows = (*prokt.TEACHERS, "difference")
     converged, progressive, differences = (numbers(printed["prokt"], row)[::2] for row in rows)
@@ -172,6 +173,7 @@ def test_misaligning_moves_all_outputs_of_an_image_together():
     assert maps.flatten().equal(100 * source)
 
 
+@pytest.mark.slow
 def test_dfa_prints_differences_within_a_seed(printed):
     table = {name: numbers(printed["dfa"], f"{name}  ")[::2] for name in dfa.ROWS}
     for _, kd, wsl, gain in table.values():
@@ -265,6 +267,7 @@ def test_shuffling_keeps_the_quarters_and_moves_them():
     assert all(quarters(new) == quarters(old) for new, old in zip(shuffled, images))
 
 
+@pytest.mark.slow
 def test_infodrop_prints_differences_within_a_seed(printed):
     table = {
         (drop, method): numbers(printed["infodrop"], f"{drop:10}{method:10}")
