@@ -26,7 +26,8 @@ seed, mean and 95 % interval. Weights: mean over the images where the teacher is
     weak teacher      35 %   57.6 +- 0.9   61.9 +- 0.3   62.7 +- 0.7    +0.8 +- 0.7    0.48  0.34
 
 The weights are small where the teacher is wrong. So WSL keeps most of the gain of a good teacher
-where KD falls to CE. If no logits are misaligned, WSL costs a point.
+where KD falls to CE. If no logits are misaligned, WSL costs a point. Dropping the soft labels that
+contradict the label does nearly as well here, and worse where labels are wrong (study/STUDY.md).
 
 A weak teacher gives less weight also where it is right. Trained on 60, 120 or 300 images
 (--weak-images) it is wrong on 45, 35 or 21 %, and WSL - KD is +4.0 +- 1.5, +0.8 +- 0.7 or
