@@ -14,12 +14,13 @@ Providers, and what they compute:
                     the teacher
     cross_entropy   F.cross_entropy alone, which reads no teacher
     wsl_loss        this package
+    balanced        the same with balance=True, which computes the weights once more
     liger           distillation by Liger's operators, on a GPU if `liger_kernel` is installed.
                     Liger writes the gradient over the logits, so it gets a copy; the time includes
                     the copy
     copy            one tensor of logits copied to another: the limit of the memory
 
-The first four also run compiled, by torch.compile(fullgraph=True). "wsl_loss, graph" replays a CUDA
+The first five also run compiled, by torch.compile(fullgraph=True). "wsl_loss, graph" replays a CUDA
 graph.
 
 Each shape has its own process, in which the providers take turns, a burst of steps each. A time is
@@ -41,6 +42,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
 
@@ -135,6 +137,7 @@ LOSSES: dict[str, Loss] = {
     "distillation": distillation,
     "cross_entropy": cross_entropy,
     "wsl_loss": wsl_loss,
+    "balanced": partial(wsl_loss, balance=True),
 }
 
 
@@ -210,7 +213,7 @@ def loss_rows(shape: str, dtype: str, device: str, seconds: float, common: Row) 
                 "shape": shape,
                 "dtype": dtype,
                 "provider": provider,
-                "implementation": backend if provider.startswith("wsl_loss") else "",
+                "implementation": backend if provider.startswith(("wsl_loss", "balanced")) else "",
                 "bursts": len(times[provider]),
                 "p20_us": f"{1e6 * time:.1f}",
                 "spread": f"{spread(times[provider]):.2f}",

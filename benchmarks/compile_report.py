@@ -162,6 +162,7 @@ def launches(case: Case) -> list[Launch]:
             kernels.multiply_(gradient, loss)
             terms = options._replace(reduction="terms")
             kernels.run(student, teacher, target, terms, None)
+            kernels.run(student, teacher, target, options, gradient, loss)  # balanced
             return recorded
         return [launch for launch in recorded if launch.kernel == "_forward_kernel"]
     finally:

@@ -30,6 +30,7 @@ STYLES = {  # colour and marker of a loss
     "liger": ("#cc79a7", "v"),
     "cross_entropy": ("#0072b2", "D"),
     "wsl_loss": ("#d55e00", "o"),
+    "balanced": ("#e69f00", "o"),
 }
 PANELS = {  # label: column, forms
     "time over F.cross_entropy,\neager": ("time_over_cross_entropy", ("", "graph")),
@@ -101,8 +102,8 @@ def table(rows: list[Row]) -> str:
     lines = [
         f"| {rows[0]['dtype']} logits | `wsl_loss` | time over `F.cross_entropy` "
         "| speed over official | speed over `F.cross_entropy` + `F.kl_div` "
-        "| peak memory, in logits |",
-        "|---" * 6 + "|",
+        "| peak memory, in logits | time of `balance=True` over `wsl_loss` |",
+        "|---" * 7 + "|",
     ]
     cells = {(row["shape"], row["provider"]): row for row in rows}
     for shape, use in {row["shape"]: row["use"] for row in rows}.items():
@@ -113,7 +114,13 @@ def table(rows: list[Row]) -> str:
         ]
         for column in ("time_over_cross_entropy", "speed_over_official", "speed_over_distillation"):
             line.append(f"{float(eager[column]):.2g} / {float(compiled[column]):.2g}")
-        lines.append(f"| {' | '.join([*line, eager['peak_logits'] or '-'])} |")
+        balanced = [
+            float(cells[shape, f"balanced{form}"]["p20_us"])
+            / float(cells[shape, f"wsl_loss{form}"]["p20_us"])
+            for form in ("", ", compiled")
+        ]
+        line += [eager["peak_logits"] or "-", " / ".join(f"{x:.2g}" for x in balanced)]
+        lines.append(f"| {' | '.join(line)} |")
     return "\n".join(lines)
 
 

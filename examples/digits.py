@@ -9,8 +9,9 @@ The network overfits, so soft labels help. Its loss is one of
     CE   the labels alone
     KD   CE + alpha * T^2 * KL(teacher || student), one weight for all images
     WSL  `weighted_soft_labels.wsl_loss`, a weight for each image
+    balanced  the same with `balance=True`, which divides the weights by their mean over the batch
 
-The three students of a seed have the same first weights, batches, T and alpha. The teacher's logits
+The students of a seed have the same first weights, batches, T and alpha. The teacher's logits
 are cached. On a random share of the images the cached logits are rolled to a wrong class, as in a
 misaligned cache. The weak teacher saw 120 of the images and is wrong on the difficult ones instead.
 
@@ -69,7 +70,7 @@ MISALIGNED = {
 }
 WEAK = "weak teacher"
 SHOWN = "20 % misaligned"  # the figure shows the weights for this teacher
-COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00"}
+COLORS = {"CE": "#6b6b6b", "KD": "#0072b2", "WSL": "#d55e00", "balanced": "#e69f00"}
 
 
 # Distillation: the part to copy into your project -------------------------------------------------
@@ -86,12 +87,13 @@ def distil(
     for _ in range(args.epochs):
         for batch in torch.randperm(len(images)).split(BATCH):
             student_logits = student(images[batch])
-            if method == "WSL":
-                loss = wsl_loss(student_logits, teacher_logits[batch], labels[batch], **options)
-            elif method == "KD":
-                loss = kd_loss(student_logits, teacher_logits[batch], labels[batch], **options)
-            else:
+            inputs = student_logits, teacher_logits[batch], labels[batch]
+            if method == "CE":
                 loss = F.cross_entropy(student_logits, labels[batch])
+            elif method == "KD":
+                loss = kd_loss(*inputs, **options)
+            else:
+                loss = wsl_loss(*inputs, **options, balance=method == "balanced")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -229,18 +231,17 @@ def wrong_share(outcome: Outcome) -> float:
 def print_table(outcomes: dict[str, Outcome], seeds: int) -> None:
     print(f"\nTest accuracy in %, mean +- standard deviation over {seeds} seeds.")
     print("WSL - KD within a seed, 95 % interval. Weights where the teacher is right or wrong.\n")
-    header = "teacher          wrong        CE            KD           WSL         WSL - KD"
-    print(f"{header}     right wrong")
+    header = "teacher        wrong       CE           KD          WSL        balanced     WSL - KD"
+    print(f"{header}    right wrong")
     for name, outcome in outcomes.items():
         cells = "".join(
-            f"   {values.mean():.1f} +- {values.std():.1f}"
-            for values in outcome.accuracies.values()
+            f"  {values.mean():.1f} +- {values.std():.1f}" for values in outcome.accuracies.values()
         )
         mean, half = interval(outcome.accuracies["WSL"] - outcome.accuracies["KD"])
         right = outcome.weights[outcome.right].mean()
         wrong = outcome.weights[~outcome.right].mean()
-        gain = f"   {mean:+5.1f} +- {half:.1f}"
-        print(f"{name:15} {wrong_share(outcome):4.0f} %{cells}{gain}   {right:5.2f} {wrong:5.2f}")
+        gain = f"  {mean:+4.1f} +- {half:.1f}"
+        print(f"{name:15}{wrong_share(outcome):3.0f} %{cells}{gain}  {right:.2f} {wrong:.2f}")
 
 
 def plot_accuracies(axes: Axes, outcomes: dict[str, Outcome]) -> None:

@@ -116,7 +116,7 @@ def test_benchmark_prints_and_writes_what_it_measured_and_figures_follow(tmp_pat
     )
     report = run("bench_loss.py", *small, "--out", str(tmp_path))
     rows = list(csv.DictReader((tmp_path / "cpu.csv").open()))
-    losses = ["official", "distillation", "cross_entropy", "wsl_loss"]
+    losses = ["official", "distillation", "cross_entropy", "wsl_loss", "balanced"]
     for shape, elements in (("64x100", 6400), ("128x100", 12800)):
         by_provider = {row["provider"]: row for row in rows if row["shape"] == shape}
         assert list(by_provider) == [*losses, *(f"{loss}, compiled" for loss in losses), "copy"]

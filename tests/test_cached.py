@@ -32,6 +32,8 @@ OPTIONS = [
     {"alpha": 0.0, "label_smoothing": 1.0},
     {"reduction": "sum", "ignore_index": 7},
     {"reduction": "none"},
+    {"balance": True, "label_smoothing": 0.1},
+    {"balance": True, "reduction": "sum", "hard_weight": 0.0},
 ]
 
 
@@ -54,10 +56,11 @@ def exact_rows(student, cached, target, *, temperature, ignore_index=-100, **opt
     """The loss of every row in float64, one class after another, with a graph."""
     alpha, hard_weight = options.get("alpha", 2.5), options.get("hard_weight", 1.0)
     smoothing = options.get("label_smoothing", 0.0)
-    losses = []
+    hard_terms, soft_terms, weights = [], [], []
     for s, index, log_prob, label_log_prob, log_rest, y in zip(student, *cached, target.tolist()):
         if y == ignore_index:
-            losses.append(s.new_zeros((), dtype=torch.float64))
+            for terms in (hard_terms, soft_terms, weights):
+                terms.append(s.new_zeros((), dtype=torch.float64))
             continue
         s = s.double()
         masses = {y: []}
@@ -71,14 +74,16 @@ def exact_rows(student, cached, target, *, temperature, ignore_index=-100, **opt
         log_student = (s / temperature).log_softmax(0)
         log_bucket = log_student[others].logsumexp(0)
         log_s = torch.stack([*(log_student[c] for c in masses), log_bucket])
-        soft = -torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_s).sum()
+        soft_terms.append(-torch.where(log_q == -math.inf, 0.0, log_q.exp() * log_s).sum())
         except_label = torch.cat((s[:y], s[y + 1 :]))
         ce = torch.log1p((except_label.logsumexp(0) - s[y]).exp())
-        weight = -torch.expm1(-ce.detach() / (-label_log_prob.double() + 1e-7))
+        weights.append(-torch.expm1(-ce.detach() / (-label_log_prob.double() + 1e-7)))
         uniform = (s.logsumexp(0) - s).mean()
-        hard = (1 - smoothing) * ce + smoothing * uniform
-        losses.append(hard_weight * hard + alpha * temperature**2 * weight * soft)
-    return torch.stack(losses)
+        hard_terms.append((1 - smoothing) * ce + smoothing * uniform)
+    hard, soft, weight = (torch.stack(terms) for terms in (hard_terms, soft_terms, weights))
+    if options.get("balance"):
+        weight = weight * (target != ignore_index).sum() / weight.sum()
+    return hard_weight * hard + alpha * temperature**2 * weight * soft
 
 
 def exact(student, cached, target, *, reduction="mean", **options):
@@ -779,13 +784,13 @@ def test_operators_are_what_they_claim_to_be():
             for wanted in (True, False):
                 torch.library.opcheck(
                     torch.ops.weighted_soft_labels.cached_loss.default,
-                    (student.requires_grad_(), cached, target, wanted, *options, reduction),
+                    (student.requires_grad_(), cached, target, wanted, *options, reduction, False),
                     test_utils=tests,
                 )
             tensors = [student, weight], cached, target, None, [True, True, False]
             torch.library.opcheck(
                 torch.ops.weighted_soft_labels.cached_linear_loss.default,
-                (*tensors, *options, reduction, *settings),
+                (*tensors, *options, reduction, False, *settings),
                 test_utils=tests,
             )
 

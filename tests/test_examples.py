@@ -24,6 +24,8 @@ COLUMNS = (
     "KD spread",
     "WSL",
     "WSL spread",
+    "balanced",
+    "balanced spread",
     "gain",
     "half",
     "if right",
@@ -63,6 +65,7 @@ def test_weights_help_where_the_teacher_is_wrong(tmp_path: Path) -> None:
     assert worst["wrong"] > table["20 % misaligned"]["wrong"] > table["good teacher"]["wrong"]
     assert worst["gain"] > 1  # percentage point; more after the default number of epochs
     assert worst["WSL"] > worst["CE"] > 40
+    assert worst["balanced"] > worst["KD"]
 
     figure = (tmp_path / "digits.png").read_bytes()
     assert figure.startswith(b"\x89PNG\r\n\x1a\n")

@@ -370,10 +370,21 @@ def test_host_reads_no_data_and_launches_as_few_kernels_as_it_can(
     assert [name for name, _, _ in launches] == expected
     assert all(arguments["enable_fp_fusion"] is True for _, _, arguments in launches)
     wsl_terms(student, *others)
+    if reduction != "none":  # balanced weights: one launch more, which computes them
+        launches.clear()
+        wsl_loss(student, *others, reduction=reduction, balance=True)
+        expected = ["_forward_kernel", *expected[:-1]]
+        assert [name for name, _, _ in launches] == expected
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"reduction": "none"}, {"temperature": 4.0, "label_smoothing": 0.1}]
+    "options",
+    [
+        {},
+        {"reduction": "none"},
+        {"temperature": 4.0, "label_smoothing": 0.1},
+        {"balance": True, "reduction": "sum"},
+    ],
 )
 def test_second_launch_of_a_description_repeats_the_first(options, monkeypatch):
     """A replay skips Triton's binder, so each argument must be at its place."""
@@ -400,16 +411,18 @@ def test_second_launch_of_a_description_repeats_the_first(options, monkeypatch):
             wsl_loss(*first, **options)
             assert not replayed
             wsl_loss(*second, **options)
-            _, grid, expected = bound.pop()
-            programs, ours = replayed.pop()
-            assert not bound
-            assert (programs,) == grid
-            assert ours.keys() == expected.keys() - {"num_warps", "enable_fp_fusion"}
-            for tensor, name in zip(second, ("student", "teacher", "target"), strict=True):
-                assert ours[name].data_ptr() == tensor.data_ptr()
-            for name, value in ours.items():
-                if not isinstance(value, torch.Tensor):
-                    assert expected[name] == value, name
+            assert len(bound) == len(replayed) == (2 if "balance" in options else 1)
+            while bound:
+                _, grid, expected = bound.pop()
+                programs, ours = replayed.pop()
+                assert (programs,) == grid
+                assert ours.keys() == expected.keys() - {"num_warps", "enable_fp_fusion"}
+                for tensor, name in zip(second, ("student", "teacher", "target"), strict=True):
+                    assert ours[name].data_ptr() == tensor.data_ptr()
+                assert (ours["weight_scale"] is ours["student"]) is not ours["SCALED"]
+                for name, value in ours.items():
+                    if not isinstance(value, torch.Tensor):
+                        assert expected[name] == value, name
     unaligned = torch.empty(8 * 10 + 1)[1:].view(8, 10)  # not on a multiple of 16 bytes
     wsl_loss(unaligned.copy_(problem((8, 10))[0]), *problem((8, 10))[1:], **options)
     assert bound

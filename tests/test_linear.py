@@ -101,6 +101,8 @@ OPTIONS = [
     {"student_softcap": 3.0, "student_logit_scale": 2.0},
     {"student_softcap": 2.0, "teacher_softcap": 4.0, "teacher_logit_scale": 0.3, "alpha": 0.5},
     {"student_softcap": 30, "teacher_softcap": 1.5, "reduction": "none"},
+    {"balance": True, "student_softcap": 30},
+    {"balance": True, "reduction": "sum", "hard_weight": 0.0},
 ]
 
 
@@ -315,7 +317,7 @@ def test_operator_is_what_it_claims_to_be():
     for reduction, upstream in (("mean", None), ("none", None), ("none", torch.ones(ROWS))):
         settings = (0.5, 1.0, None, 2.0, 5, None, None)
         constants = teacher, tensors["target"], upstream, [True, True, False]
-        arguments = (student, *constants, *options, reduction, *settings)
+        arguments = (student, *constants, *options, reduction, False, *settings)
         utilities = ("test_schema", "test_faketensor")
         torch.library.opcheck(
             torch.ops.weighted_soft_labels.linear_loss.default, arguments, test_utils=utilities

@@ -379,6 +379,96 @@ def test_a_row_without_classes_is_nan(classes):
     assert loss.isnan().tolist() == [False, True, False]
 
 
+# --- balanced weights ---
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
+@pytest.mark.parametrize("shape", [(5,), (8, 10), (3, 6, 5), (3, 9000)])
+@pytest.mark.parametrize(
+    ("hard_weight", "alpha", "label_smoothing"), [(1, 2.5, 0.1), (0, 1, 0), (0.5, 0, 0)]
+)
+def test_balanced_weights(reduction, kind, shape, hard_weight, alpha, label_smoothing):
+    assert_as_reference(
+        *problem(shape, probabilities=kind == "probabilities", ignored=kind == "ignored"),
+        reduction=reduction,
+        hard_weight=hard_weight,
+        alpha=alpha,
+        label_smoothing=label_smoothing,
+        balance=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_balanced_weights_in_every_dtype(dtype, probabilities):
+    student, teacher, target = problem((6, 33), dtype=dtype, probabilities=probabilities)
+    assert_as_reference(student, teacher, target, balance=True)
+
+
+def test_balanced_soft_term_is_the_weighted_mean_of_soft_terms():
+    student, teacher, target = problem((40, 10), ignored=True)
+    terms = wsl_terms(student, teacher, target, temperature=4.0)
+    weighted = (terms.weight * terms.soft).sum() / terms.weight.sum()
+    expected = F.cross_entropy(student, target) + 2.5 * 4.0**2 * weighted
+    found = wsl_loss(student, teacher, target, temperature=4.0, balance=True)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    total = wsl_loss(student, teacher, target, temperature=4.0, balance=True, reduction="sum")
+    torch.testing.assert_close(total, expected * (target != -100).sum(), rtol=1e-5, atol=0)
+
+
+def test_one_element_has_balanced_weight_1():
+    student, teacher, target = problem((1, 10))
+    _, found = step(wsl_loss, student, teacher, target, hard_weight=0.0, alpha=1.0, balance=True)
+    expected = 2.0 * ((student / 2).softmax(1) - (teacher / 2).softmax(1))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_balanced_soft_term_is_0_where_all_weights_are_0():
+    student, teacher, target = problem((4, 10))
+    student.scatter_(1, target[:, None], 300.0)
+    loss, gradient = step(wsl_loss, student, teacher, target, hard_weight=0.0, balance=True)
+    assert loss == 0
+    assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_balanced_weights_of_a_confident_student_keep_their_strength(dtype):
+    """Weights of 1e-7 become 1, and one element among thousands gets nearly all the weight."""
+    student, teacher, target = problem((3000, 10), dtype=dtype)
+    student.zero_().scatter_(1, target[:, None], 18.0)
+    assert_as_reference(student, teacher, target, hard_weight=0.0, balance=True)
+    student[7, target[7]] = 0.0
+    assert_as_reference(student, teacher, target, balance=True)
+
+
+def test_nan_does_not_reach_other_elements_through_balanced_weights():
+    student, teacher, target = problem((5, 6))
+    others = torch.tensor([0, 1, 3, 4])
+    student[2, 3] = NAN
+    loss, gradient = step(
+        wsl_loss, student, teacher, target, reduction="sum", hard_weight=0.0, balance=True
+    )
+    assert loss.isnan()
+    assert gradient[2].isnan().any()
+    _, expected = step(
+        wsl_loss, student[others], teacher[others], target[others], hard_weight=0.0, balance=True
+    )
+    torch.testing.assert_close(gradient[others], 5 * expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_to_balance():
+    student, teacher, target = problem((4, 5))
+    target[:] = -100
+    loss, gradient = step(wsl_loss, student, teacher, target, balance=True)
+    assert loss.isnan()
+    assert gradient.eq(0).all()
+    assert wsl_loss(student, teacher, target, reduction="sum", balance=True) == 0
+    empty = problem((0, 5))
+    assert wsl_loss(*empty, balance=True).isnan()
+    assert wsl_loss(*empty, reduction="sum", balance=True) == 0
+
+
 def test_everything_ignored():
     student, teacher, target = problem((4, 5))
     target[:] = -100
@@ -692,6 +782,7 @@ def test_module_is_the_function():
         "hard_weight": 0.5,
         "label_smoothing": 0.1,
         "reduction": "sum",
+        "balance": True,
     }
     criterion = WSLLoss(**options)
     assert criterion(student, teacher, target) == wsl_loss(student, teacher, target, **options)
@@ -701,5 +792,5 @@ def test_module_is_the_function():
     assert list(criterion.parameters()) == []
     assert repr(criterion) == (
         "WSLLoss(temperature=4.0, alpha=2.25, hard_weight=0.5, label_smoothing=0.1, "
-        "ignore_index=-100, reduction='sum')"
+        "ignore_index=-100, reduction='sum', balance=True)"
     )

@@ -277,6 +277,7 @@ def compiled():
         ("ignored", {"temperature": 4.0, "label_smoothing": 0.1}),
         ("probabilities", {"temperature": 3.0, "reduction": "sum"}),
         ("ignored", {"reduction": "none", "hard_weight": 0.0}),
+        ("ignored", {"balance": True}),
     ],
 )
 def test_compiled_is_eager(compiled, shape, kind, options):
@@ -451,10 +452,16 @@ def test_the_operator_is_what_it_claims_to_be(layout, dtype):
     target = torch.randint(5, student.select(min(1, student.dim() - 1), 0).shape)
     operator = torch.ops.weighted_soft_labels.forward.default
     options = (2.0, 2.5, 1.0, 0.0, -100)
-    for wanted, reduction in ((False, "terms"), (False, "mean"), (True, "mean"), (True, "none")):
-        arguments = (student, student.float(), target, wanted, "auto", *options, reduction)
+    for wanted, *others in (
+        (False, "terms", False),
+        (False, "mean", False),
+        (True, "mean", False),
+        (True, "mean", True),
+        (True, "none", False),
+    ):
+        arguments = (student, student.float(), target, wanted, "auto", *options, *others)
         torch.library.opcheck(operator, arguments)
-    arguments = (student, student, student.softmax(-1), True, "auto", *options, "none")
+    arguments = (student, student, student.softmax(-1), True, "auto", *options, "none", False)
     torch.library.opcheck(operator, arguments)
 
 
@@ -632,7 +639,7 @@ loss = weighted_soft_labels.wsl_loss(student.requires_grad_(), teacher, target)
 assert torch.equal(loss, expected)
 loss.backward()
 operator = torch.ops.weighted_soft_labels.forward.default
-loss = operator(student, teacher, target, False, "auto", 2.0, 2.5, 1.0, 0.0, -100, "mean")[0]
+loss = operator(student, teacher, target, False, "auto", 2.0, 2.5, 1.0, 0.0, -100, "mean", False)[0]
 assert torch.equal(loss, expected)
 """)
 

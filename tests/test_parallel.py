@@ -26,6 +26,7 @@ OPTIONS = [
     {"hard_weight": 0.0, "reduction": "sum"},
     {"alpha": 0.0, "reduction": "none", "label_smoothing": 1.0},
     {"reduction": "none", "temperature": 0.7},
+    {"balance": True},
 ]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -106,14 +106,20 @@ def loss_and_gradient(
     student = in_memory("student_logits", student)
     teacher = in_memory("teacher_logits", teacher)
     target = signed(in_memory("target", target))
-    gradient = empty_gradient(student, target) if wanted else None
+    gradient = empty_gradient(student, target, options) if wanted else None
     power = 0.0
     if gradient is not None and gradient.dtype == torch.float16:
         power = _power_of_two(options)
     operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
         operands = [_as_matrices(x, student.dim()) for x in operands]
-    loss: Tensor = run(*operands[:3], _scaled(options, power) if power else options, operands[3])
+    weight_scale = None
+    if options.balance and options.alpha:
+        weight = run(*operands[:3], options._replace(reduction="terms"), None)[2]
+        count = eager.count(operands[2], None, options.ignore_index)
+        weight_scale = eager.balancing_scale(weight, count)
+    scaled = _scaled(options, power) if power else options
+    loss: Tensor = run(*operands[:3], scaled, operands[3], weight_scale)
     if options.reduction in ("none", "terms"):
         loss = loss.view(loss_shape(options.reduction, student.shape))
     if not power:
@@ -135,13 +141,15 @@ def _as_matrices(x: Tensor | None, dims: int) -> Tensor | None:
     return x.flatten(2 if x.dim() == dims else 1)  # an index target has no class dimension
 
 
-def empty_gradient(student: Tensor, target: Tensor) -> Tensor:
+def empty_gradient(student: Tensor, target: Tensor, options: Options) -> Tensor:
     """Return an empty gradient with the student's order of dimensions.
 
     It is contiguous if that order allows no view (N, C, R).
     """
     # Probabilities that add up to much more than 1 would overflow float16 times a power of two.
-    wide = student.dtype == torch.float16 and target.is_floating_point()
+    # So would the balanced weight of one element in a large batch.
+    unbounded = target.is_floating_point() or options.balance
+    wide = student.dtype == torch.float16 and unbounded
     gradient = torch.empty_like(student, dtype=torch.float32 if wide else student.dtype)
     try:
         if student.dim() > 3:
@@ -317,7 +325,7 @@ class RefuseSecondDerivative(Function):
 
 OPTIONS = (
     "float temperature, float alpha, float hard_weight, float label_smoothing, "
-    "int ignore_index, str reduction"
+    "int ignore_index, str reduction, bool balance"
 )
 
 
@@ -370,9 +378,10 @@ def fake_forward(
     student: Tensor, teacher: Tensor, target: Tensor, wanted: bool, _: str, *options: Any
 ) -> tuple[Tensor, ...]:
     wide = torch.float64 in (student.dtype, teacher.dtype)
-    shape = loss_shape(Options(*options).reduction, student.shape)
+    checked = Options(*options)
+    shape = loss_shape(checked.reduction, student.shape)
     loss = student.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
-    gradient = empty_gradient(student, target) if wanted else None
+    gradient = empty_gradient(student, target, checked) if wanted else None
     scale = None
     if gradient is not None and gradient.dtype == torch.float16:
         scale = loss.new_empty((), dtype=torch.float32)

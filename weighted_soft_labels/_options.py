@@ -27,11 +27,12 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"  # backends also take "terms": the four terms of every element
+    balance: bool = False  # backends take the scale that it means instead
 
 
 def check_options(options: Options) -> Options:
     """Return the options as plain numbers. Raises ValueError for one that is out of range."""
-    temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
+    temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance = options
     floats = type(temperature) is type(alpha) is type(hard_weight) is type(label_smoothing) is float
     if not floats or type(ignore_index) is not int:
         temperature = to_float("temperature", temperature)
@@ -39,7 +40,8 @@ def check_options(options: Options) -> Options:
         hard_weight = to_float("hard_weight", hard_weight)
         label_smoothing = to_float("label_smoothing", label_smoothing)
         ignore_index = to_int("ignore_index", ignore_index)
-        options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        numbers = temperature, alpha, hard_weight, label_smoothing, ignore_index
+        options = Options(*numbers, reduction, balance)
     in_float32 = (
         1e-37 < temperature < 1e38
         and 0 <= alpha < 1e38
@@ -47,7 +49,7 @@ def check_options(options: Options) -> Options:
         and alpha * temperature * temperature < 1e38
     )
     others = 0 <= label_smoothing <= 1 and -INT64_MAX <= ignore_index <= INT64_MAX
-    if in_float32 and others and _is_reduction(reduction):
+    if in_float32 and others and _is_reduction(reduction) and _balances(balance, reduction):
         return options
     raise ValueError(_out_of_range(options))
 
@@ -56,8 +58,14 @@ def _is_reduction(value: Any) -> bool:
     return isinstance(value, str) and value in ("mean", "sum", "none")
 
 
+def _balances(balance: Any, reduction: str) -> bool:
+    return balance is False or (balance is True and reduction != "none")
+
+
 def _out_of_range(options: Options) -> str:
-    temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction = options
+    temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance = options
+    if type(balance) is not bool:
+        return f"balance must be True or False, got {balance!r}"
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
@@ -68,6 +76,11 @@ def _out_of_range(options: Options) -> str:
     ):
         if not legal:
             return f"{expected}, got {value!r}"
+    if not _balances(balance, reduction):
+        return (
+            "balance=True divides weights by their mean over the batch, which needs reduction "
+            f"mean or sum, got {reduction!r}: divide by wsl_terms(...).weight.mean() yourself"
+        )
     expected = "temperature, alpha, alpha * temperature^2 and hard_weight must fit into float32"
     return f"{expected}, got {temperature!r}, {alpha!r} and {hard_weight!r}"
 

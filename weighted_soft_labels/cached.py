@@ -82,6 +82,7 @@ def cached_wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
 ) -> Tensor:
     r""":func:`weighted_soft_labels.wsl_loss` with a stored teacher.
 
@@ -101,7 +102,7 @@ def cached_wsl_loss(
         target: Class indices in [0, C), ``(...)``, any integer dtype.
         temperature: T > 0, for which ``log_rest`` was computed. There is no default, because a
             cache fits one temperature.
-        alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
+        alpha, hard_weight, label_smoothing, ignore_index, reduction, balance: See :func:`wsl_loss`.
             An ignored row of the cache may hold anything.
 
     Returns:
@@ -129,7 +130,7 @@ def cached_wsl_loss(
         1.388
     """
     options = check_options(
-        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance)
     )
     _check_logits("student_logits", student_logits, target)
     cached = _check_cached(student_logits, cached)
@@ -161,6 +162,7 @@ def cached_linear_wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
 ) -> Tensor:
     """:func:`cached_wsl_loss` of the student's last linear layer, without all of its logits.
 
@@ -170,7 +172,7 @@ def cached_linear_wsl_loss(
         cached, target, temperature: See :func:`cached_wsl_loss`.
         student_bias, student_logit_scale, student_softcap, chunk_size: See
             :func:`weighted_soft_labels.linear.linear_wsl_loss`.
-        alpha, hard_weight, label_smoothing, ignore_index, reduction: See :func:`wsl_loss`.
+        alpha, hard_weight, label_smoothing, ignore_index, reduction, balance: See :func:`wsl_loss`.
 
     Returns:
         That loss. Logits, loss and the sums of gradients are float32, or float64 if the inputs are.
@@ -180,7 +182,7 @@ def cached_linear_wsl_loss(
             :func:`cached_wsl_loss`. torch.func is not supported.
     """
     options = check_options(
-        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance)
     )
     scales = student_logit_scale, 1.0, student_softcap, None
     settings = linear.check_settings(linear.Settings(*scales, chunk_size, None), target)
@@ -634,6 +636,7 @@ def _run(
     target: Tensor,
     options: Options,
     gradient: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """The loss of logits (N, C), as a backend's `run`; the cache takes the teacher's place."""
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -641,19 +644,25 @@ def _run(
     count = eager.count(target, None, options.ignore_index).to(dtype)
     mean = options.reduction == "mean"
     scale = teacher.valid / count.clamp(min=1) if mean else teacher.valid
-    losses = _form_rows(student, gradient, teacher, scale, options)
-    if options.reduction == "none":
+    losses = _form_rows(student, gradient, teacher, scale, options, weight_scale)
+    if options.reduction in ("none", "terms"):
         return losses
     return losses.sum() / count if mean else losses.sum()
 
 
 def _form_rows(
-    student: Tensor, gradient: Tensor | None, teacher: Teacher, scale: Tensor, options: Options
+    student: Tensor,
+    gradient: Tensor | None,
+    teacher: Teacher,
+    scale: Tensor,
+    options: Options,
+    weight_scale: Tensor | None,
 ) -> Tensor:
-    """Return the loss of every row, and fill the gradient, which may be the student's memory."""
+    """Return the loss of every row, or its terms; `gradient` may be the student's memory."""
     rows, classes = student.shape
     dtype = teacher.prob.dtype
-    losses = student.new_empty(rows, dtype=dtype)
+    shape = (4, rows) if options.reduction == "terms" else (rows,)
+    losses = student.new_empty(shape, dtype=dtype)
     memory = gradient if gradient is not None and gradient.dtype == dtype else None
     scratch = None
     for part in _blocks(rows, classes, student):
@@ -665,16 +674,27 @@ def _form_rows(
         else:
             chunk = scratch[: len(x)]
         chunk.copy_(x)
-        losses[part] = _form(chunk, teacher.rows(part), scale[part], options, gradient is not None)
+        wanted = gradient is not None
+        losses[..., part] = _form(
+            chunk, teacher.rows(part), scale[part], options, wanted, weight_scale
+        )
         if gradient is not None and memory is None:
             gradient[part] = chunk
     return losses
 
 
 def _form(
-    logits: Tensor, teacher: Teacher, scale: Tensor, options: Options, wanted: bool
+    logits: Tensor,
+    teacher: Teacher,
+    scale: Tensor,
+    options: Options,
+    wanted: bool,
+    weight_scale: Tensor | None,
 ) -> Tensor:
-    """Return the loss of every row. If `wanted`, the gradient times `scale` replaces the logits."""
+    """Return the loss of every row, or its terms (4, b).
+
+    If `wanted`, the gradient times `scale` replaces the logits.
+    """
     classes = logits.shape[1]
     # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
     _zero_rows_(logits, teacher.valid == 0)
@@ -682,9 +702,15 @@ def _form(
     if options.label_smoothing:
         mean = logits.sub_(logits.amax(1, keepdim=True)).mean(1, keepdim=True)
     student, soft_student, tempered = _statistics_(logits, teacher, options.temperature)
-    loss, weight = _combine(student, soft_student, teacher, mean, options)
+    terms = _combine(student, soft_student, teacher)
+    if options.reduction == "terms":
+        return (torch.cat(terms, 1) * teacher.valid).t()
+    if weight_scale is not None:
+        terms = terms._replace(weight=terms.weight * weight_scale)
+    uniform = None if mean is None else student.others.log1p() + student.top - mean
+    loss = eager.loss_of(terms, uniform, options)
     if wanted:
-        hard, soft = _gradients(student, soft_student, teacher, weight, options)
+        hard, soft = _gradients(student, soft_student, teacher, terms.weight, options)
         _spread_(logits, tempered, hard * scale, soft * scale, teacher)
         if options.label_smoothing:
             logits.sub_(scale * (options.hard_weight * options.label_smoothing / classes))
@@ -726,32 +752,12 @@ def _zero_rows_(x: Tensor, rows: Tensor) -> None:
         x.masked_fill_(rows, 0)
 
 
-def _combine(
-    student: Softmax,
-    soft_student: Softmax,
-    teacher: Teacher,
-    mean: Tensor | None,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """Return the loss and the weight, (N, 1)."""
+def _combine(student: Softmax, soft_student: Softmax, teacher: Teacher) -> eager.Terms:
+    """Return the four terms of every row, (N, 1)."""
     student_ce = -student.log[:, :1]
-    # A student that rules the label out is infinitely worse than any teacher.
-    weight = -torch.expm1(-student_ce / (teacher.ce + eager.EPS))
-    weight = torch.where(student_ce == math.inf, 1.0, weight)
-    loss, smoothing = torch.zeros_like(weight), options.label_smoothing
-    if options.hard_weight:  # a term with scale 0 is left out, so that 0 never meets inf
-        hard = student_ce
-        if mean is not None:
-            uniform = student.others.log1p() + student.top - mean
-            hard = uniform if smoothing == 1 else (1 - smoothing) * hard + smoothing * uniform
-        loss = loss + options.hard_weight * hard
-    if options.alpha:
-        terms = teacher.prob * soft_student.log
-        soft = -torch.where(teacher.prob == 0, 0.0, terms).sum(1, keepdim=True)
-        # Weight 0, soft inf: the student rules out a class to which the teacher gives mass.
-        weighted = torch.where((weight == 0) & (soft == math.inf), math.inf, weight * soft)
-        loss = loss + options.alpha * options.temperature**2 * weighted
-    return loss, weight
+    products = teacher.prob * soft_student.log
+    soft = -torch.where(teacher.prob == 0, 0.0, products).sum(1, keepdim=True)
+    return eager.Terms(student_ce, teacher.ce, eager.weight_of(student_ce, teacher.ce), soft)
 
 
 # --- gradient ---
@@ -840,13 +846,22 @@ def _linear_forward(
     dtype = torch.promote_types(student[0].dtype, torch.float32)
     teacher = _prepare(_in_memory(cached), target, classes, options, dtype)
 
-    def loss_of(part: slice, chunk: linear.Buffers) -> Tensor:
-        rows, gradient = teacher.rows(part), chunk.gradient if any(wanted) else None
-        return _form_rows(chunk.student, gradient, rows, rows.valid, options)
+    def loss_of(
+        part: slice,
+        chunk: linear.Buffers,
+        of_rows: Options,
+        filled: bool,
+        weight_scale: Tensor | None,
+    ) -> Tensor:
+        rows, gradient = teacher.rows(part), chunk.gradient if filled else None
+        return _form_rows(chunk.student, gradient, rows, rows.valid, of_rows, weight_scale)
 
     kept = target != options.ignore_index
     buffers = linear.buffers_of(head, settings, classes, dtype, of_teacher=False)
-    losses, totals = linear.accumulate(head, kept, upstream, wanted, settings, buffers, loss_of)
+    of_rows = options._replace(reduction="none")
+    losses, totals = linear.accumulate(
+        head, kept, upstream, wanted, of_rows, settings, buffers, loss_of
+    )
     del buffers  # before a gradient is converted
     return linear.finished(losses, totals, student, target, wanted, options, settings)
 

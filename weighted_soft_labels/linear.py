@@ -53,6 +53,7 @@ def linear_wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
     chunk_size: int | None = None,
     group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor:
@@ -71,7 +72,7 @@ def linear_wsl_loss(
         student_logit_scale, teacher_logit_scale: Finite and > 0, default 1: 1 / ``logits_scaling``
             of Granite, ``logit_scale`` of Cohere.
         student_softcap, teacher_softcap: > 0 or None: ``final_logit_softcapping`` of Gemma.
-        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See
+        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance: See
             :func:`wsl_loss`.
         chunk_size: Rows per chunk. Smaller chunks use less memory and are slower. By default the
             buffers of a chunk take about as much memory as the weight's gradient, but hold at
@@ -93,7 +94,9 @@ def linear_wsl_loss(
     student = Head(student_input, student_weight, student_bias)
     teacher = Head(teacher_input, teacher_weight, teacher_bias)
     name = None if group is None else parallel.group_name(group)
-    options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+    options = Options(
+        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance
+    )
     scales = student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap
     settings = Settings(*scales, chunk_size, name)
     checks = student, teacher, target, options, settings
@@ -306,17 +309,25 @@ def accumulate(
     kept: Tensor,
     upstream: Tensor | None,
     wanted: list[bool],
+    options: Options,
     settings: Settings,
     buffers: Buffers,
-    loss_of: Callable[[slice, Buffers], Tensor],
+    loss_of: Callable[[slice, Buffers, Options, bool, Tensor | None], Tensor],
 ) -> tuple[Tensor, list[Tensor]]:
     """Return the loss of every row, and the gradients of their sum weighted by `upstream`.
 
     Args:
         kept: Rows that are not ignored, (N,).
-        loss_of: Takes a slice of rows and the buffers with the student's logits of these rows.
-            Returns the losses, and fills the gradient.
+        loss_of: Takes a slice of rows, the buffers with the student's logits of these rows, and
+            what a backend takes: options, whether to fill the gradient, and the scale of the
+            weights. Returns losses, or with reduction "terms" the four terms.
     """
+    weight_scale = None
+    if options.balance and options.alpha:
+        terms = options._replace(reduction="terms", balance=False)
+        of_weights = student, kept, None, [False] * 3, terms, settings, buffers, loss_of
+        weights, _ = accumulate(*of_weights)
+        weight_scale = eager.balancing_scale(weights, kept.sum())
     size, rows = len(buffers.student), len(kept)
     losses = buffers.student.new_empty(rows)
     totals = [
@@ -330,7 +341,8 @@ def accumulate(
         # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
         head = student._replace(input=student.input[part].where(kept[part, None], 0))
         _form_logits(chunk.student, head, settings.student_scale, cap)
-        losses[part] = loss_of(part, chunk)
+        result = loss_of(part, chunk, options, any(wanted), weight_scale)
+        losses[part] = result[2] if options.reduction == "terms" else result
         if not any(wanted):
             continue
         gradient = chunk.gradient
@@ -389,20 +401,22 @@ def _forward(
         )
     dtype = torch.promote_types(student[0].dtype, teacher[0].dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    of_rows = options._replace(reduction="none")
 
-    def loss_of(part: slice, chunk: Buffers) -> Tensor:
+    def loss_of(
+        part: slice, chunk: Buffers, of_rows: Options, filled: bool, weight_scale: Tensor | None
+    ) -> Tensor:
         s, g, t = chunk
         teacher_rows = other._replace(input=other.input[part])
         _form_logits(t, teacher_rows, settings.teacher_scale, settings.teacher_softcap)
         run = partial(eager.run, shard=shard)
         if shard is None:
             run = backends.choose(s, t, target[part], settings.backend).run
-        return run(s, t, target[part], of_rows, g if any(wanted) else None)
+        return run(s, t, target[part], of_rows, g if filled else None, weight_scale)
 
     kept = target != options.ignore_index
     buffers = buffers_of(own, settings, largest, dtype)
-    losses, totals = accumulate(own, kept, upstream, wanted, settings, buffers, loss_of)
+    of_rows = options._replace(reduction="none")
+    losses, totals = accumulate(own, kept, upstream, wanted, of_rows, settings, buffers, loss_of)
     del buffers  # before a gradient is converted
     if shard is not None and wanted[0]:
         shard.all_reduce(totals[0])

@@ -23,6 +23,7 @@ def wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
 ) -> Tensor:
     r"""Weighted Soft Labels distillation loss: hard cross-entropy plus a weighted soft term.
 
@@ -53,6 +54,10 @@ def wsl_loss(
             logits are, and do not count in the mean. Default -100. Not used for probabilities.
         reduction: ``"mean"`` over the elements that are not ignored (default), ``"sum"`` or
             ``"none"``.
+        balance: Divide the weights by their mean over the elements that are not ignored. The soft
+            term of ``"mean"`` is then ``sum(weight * soft) / sum(weight)``, so alpha has the
+            strength that it has in distillation without weights. Default False, as in the paper.
+            Not for ``"none"``. If all weights are 0, so is the soft term.
 
     Returns:
         A scalar, or for ``"none"`` a tensor shaped like an index target. The loss is computed in
@@ -71,7 +76,8 @@ def wsl_loss(
         Zhou et al., "Rethinking Soft Labels for Knowledge Distillation: A Bias-Variance Tradeoff
         Perspective", ICLR 2021, arXiv 2102.00650, and its official code. Differences from that
         code: the weight is exact for confident teachers, where that code in float32 is off by 0.1
-        and more; a term with scale 0 is omitted; any shape, dtype, class count and target.
+        and more; a term with scale 0 is omitted; any shape, dtype, class count and target;
+        `balance`.
 
     Example:
         >>> import torch
@@ -85,7 +91,7 @@ def wsl_loss(
         24.7993
     """
     options = check_options(
-        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance)
     )
     check_tensors(student_logits, teacher_logits, target)
     return distill(student_logits, teacher_logits, target, options)
@@ -103,7 +109,7 @@ class WSLLoss(nn.Module):
         >>> criterion = WSLLoss(temperature=4.0, alpha=2.25)
         >>> criterion  # doctest: +NORMALIZE_WHITESPACE
         WSLLoss(temperature=4.0, alpha=2.25, hard_weight=1.0, label_smoothing=0.0,
-                ignore_index=-100, reduction='mean')
+                ignore_index=-100, reduction='mean', balance=False)
         >>> target = torch.zeros(8, dtype=torch.long)
         >>> loss = criterion(torch.zeros(8, 10), torch.zeros(8, 10), target)
     """
@@ -117,9 +123,12 @@ class WSLLoss(nn.Module):
         label_smoothing: float = 0.0,
         ignore_index: int = -100,
         reduction: str = "mean",
+        balance: bool = False,
     ) -> None:
         super().__init__()
-        options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+        options = Options(
+            temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance
+        )
         for name, value in check_options(options)._asdict().items():
             setattr(self, name, value)
 

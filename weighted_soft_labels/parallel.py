@@ -42,6 +42,7 @@ def vocab_parallel_wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
 ) -> Tensor:
     """:func:`weighted_soft_labels.wsl_loss` of logits whose classes are sharded over processes.
 
@@ -54,7 +55,7 @@ def vocab_parallel_wsl_loss(
         teacher_logits: Same shape, the same classes; the dtype may differ.
         target: Global class indices in [0, sum of all C_local), ``(...)``, any integer dtype.
         group: The processes, for example ``torch.distributed.group.WORLD``.
-        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction: See
+        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance: See
             :func:`wsl_loss`.
 
     Returns:
@@ -71,7 +72,9 @@ def vocab_parallel_wsl_loss(
             NaN. In compiled code the process alone raises, too.
     """
     name = group_name(group)
-    options = Options(temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction)
+    options = Options(
+        temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance
+    )
     options = checked(name, _check, student_logits, teacher_logits, target, options)
     rows = target.numel()
     student, teacher = (x.reshape(rows, x.shape[-1]) for x in (student_logits, teacher_logits))

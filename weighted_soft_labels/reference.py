@@ -23,6 +23,7 @@ def wsl_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    balance: bool = False,
 ) -> Tensor:
     """Weighted Soft Labels loss, transcribed equation by equation.
 
@@ -75,6 +76,9 @@ def wsl_loss(
     teacher_ce = -_expectation(q, log_p_teacher, dim)
     weight = -torch.expm1(-student_ce / (teacher_ce + 1e-7))
     weight = weight.masked_fill(student_ce.isposinf(), 1)  # inf / inf is NaN
+    if balance:
+        weights = weight.where(counted, 0).nansum()
+        weight = weight * (counted.sum() / weights).clamp(max=1e30)  # 0 if all weights are 0
     soft = -_expectation(soft_teacher, log_soft_student, dim)
     weighted = (weight * soft).masked_fill((weight == 0) & soft.isposinf(), torch.inf)  # 0 * inf
     hard = -_expectation(smoothed_q, log_p_student, dim)

@@ -214,6 +214,8 @@ def likeliest(cached: CachedTeacher) -> Tensor:
 
 
 def make_loss(name: str, alpha: float, hard_weight: float) -> Loss:
+    scales = {"alpha": alpha, "hard_weight": hard_weight}
+
     def ce(logits: Tensor, cached: CachedTeacher, target: Tensor) -> Tensor:
         return lm.ce_loss(logits, target) / target.numel()
 
@@ -221,7 +223,6 @@ def make_loss(name: str, alpha: float, hard_weight: float) -> Loss:
         return lm.kd_loss(logits, cached, target, alpha, hard_weight) / target.numel()
 
     def wsl(logits: Tensor, cached: CachedTeacher, target: Tensor) -> Tensor:
-        scales = {"alpha": alpha, "hard_weight": hard_weight}
         return cached_wsl_loss(logits, cached, target, temperature=1.0, **scales)
 
     def uniform(logits: Tensor, cached: CachedTeacher, target: Tensor) -> Tensor:
@@ -234,13 +235,7 @@ def make_loss(name: str, alpha: float, hard_weight: float) -> Loss:
         return hard_weight * ce(logits, cached, target) + alpha * soft
 
     def balanced(logits: Tensor, cached: CachedTeacher, target: Tensor) -> Tensor:
-        soft = cached_wsl_loss(
-            logits, cached, target, temperature=1.0, alpha=1.0, hard_weight=0.0, reduction="sum"
-        )
-        total = weights(logits, cached, target).sum()
-        # If all weights are 0, so is the soft term, and the quotient is 0 instead of NaN.
-        soft = soft / total.clamp_min(torch.finfo(total.dtype).tiny)
-        return hard_weight * ce(logits, cached, target) + alpha * soft
+        return cached_wsl_loss(logits, cached, target, temperature=1.0, balance=True, **scales)
 
     losses = {
         "CE": ce,

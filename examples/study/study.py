@@ -210,13 +210,7 @@ def make_loss(
     def balanced(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
         """WSL, but the weights of a batch are divided by their mean."""
         inputs = student_logits, teacher_logits, labels
-        soft = wsl_loss(
-            *inputs, temperature=temperature, alpha=1.0, hard_weight=0.0, reduction="sum"
-        )
-        total = wsl_terms(*inputs).weight.sum()
-        # If all weights are 0, so is the soft term, and the quotient is 0 instead of NaN.
-        soft = soft / total.clamp_min(torch.finfo(total.dtype).tiny)
-        return F.cross_entropy(student_logits, labels) + alpha * soft
+        return wsl_loss(*inputs, temperature=temperature, alpha=alpha, balance=True)
 
     losses = {
         "CE": ce,

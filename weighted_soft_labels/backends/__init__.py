@@ -1,12 +1,15 @@
 """Which code runs the loss, and how to force it.
 
-A backend is one function, ``run(student, teacher, target, options, gradient) -> loss``:
+A backend is one function, ``run(student, teacher, target, options, gradient, weight_scale)``, that
+returns the loss:
 
 - ``student``, ``teacher``: logits, (N, C) or (N, C, R), with any strides; the dtypes may differ.
 - ``target``: class indices, (N,) or (N, R), or class probabilities shaped like the logits.
 - ``options.reduction``: "mean", "sum", "none", or "terms": student CE, teacher CE, weight and soft
   term of every element, (4, N) or (4, N, R), 0 where ignored.
 - ``gradient``: None, or a tensor shaped like ``student`` to fill for an upstream gradient of 1.
+- ``weight_scale``: None, or a 0-dim tensor in the dtype of the loss that multiplies all weights.
+  The operator computes it for ``options.balance``, which backends do not read.
 
 ======= ============================================= ====================================
 backend code                                          "auto" takes it for

@@ -31,9 +31,16 @@ with suppress(OSError, AttributeError):
 
 
 def run(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """The loss of these logits; see `weighted_soft_labels.backends`."""
+    if weight_scale is not None:
+        options = options._replace(alpha=options.alpha * weight_scale.item())
     target = target.long().contiguous()
     shape = loss_shape(options.reduction, student.shape)
     loss = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -48,7 +55,7 @@ def run(
         target.data_ptr(),
         rows.data_ptr(),
         0 if loss is rows else loss.data_ptr(),
-        options,
+        options[:6],
     )
     if non_finite:
         _recompute(student, teacher, target, options, gradient, rows, count)

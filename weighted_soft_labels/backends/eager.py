@@ -86,6 +86,7 @@ def run(
     target: Tensor,
     options: Options,
     gradient: Tensor | None,
+    weight_scale: Tensor | None = None,
     shard: Shard | None = None,
 ) -> Tensor:
     """The loss of these logits; see `weighted_soft_labels.backends`.
@@ -95,7 +96,7 @@ def run(
     if student.dim() == 2:
         student, teacher, target = batched(student), batched(teacher), batched(target)
         gradient = None if gradient is None else batched(gradient)
-        loss = run(student, teacher, target, options, gradient, shard)
+        loss = run(student, teacher, target, options, gradient, weight_scale, shard)
         return loss[..., 0, :] if loss.dim() else loss
     wide = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if wide else torch.float32
@@ -114,7 +115,12 @@ def run(
             part = Statistics(*(x[..., r] for x in shared[0]))
             tops = [Top(*(x[..., r] for x in top)) for top in shared[1]]
         combined = combine(part, options.temperature)
-        result = torch.cat(combined, 1) if terms else _loss(part, combined, options)
+        if weight_scale is not None:
+            combined = combined._replace(weight=combined.weight * weight_scale)
+        uniform = None
+        if options.label_smoothing:
+            uniform = part.others.log1p() - part.z_sum / part.classes
+        result = torch.cat(combined, 1) if terms else loss_of(combined, uniform, options)
         rows[..., b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None and gradient.shape[1]:
             if shared is not None:
@@ -184,6 +190,15 @@ def count(target: Tensor, classes: int | None, ignore_index: int) -> Tensor:
                 f"ignore_index ({ignore_index}), got {wrong}"
             )
     return kept.sum()
+
+
+def balancing_scale(weight: Tensor, counted: Tensor) -> Tensor:
+    """Return what multiplies the weights so that their mean over `counted` elements is 1.
+
+    NaN weights are left out, so that they do not reach other elements. The scale is finite, so
+    that weights of 0 stay 0.
+    """
+    return (counted / weight.nansum()).nan_to_num(1.0).clamp(max=1e30)
 
 
 def _label(target: Tensor, logits: Tensor, ignore_index: int, shard: Shard | None) -> Label:
@@ -342,19 +357,23 @@ class Terms(NamedTuple):
 def combine(part: Statistics, temperature: float) -> Terms:
     student_ce = part.mass * part.others.log1p() - part.label_z
     teacher_ce = part.mass * part.teacher_others.log1p() - part.teacher_label_z
-    # A student that rules the label out is infinitely worse than any teacher.
-    weight = -torch.expm1(-student_ce / (teacher_ce + EPS))
-    weight = weight.masked_fill(student_ce == math.inf, 1)
     expected = part.dot / (temperature * (1 + part.teacher_soft_others))
-    return Terms(student_ce, teacher_ce, weight, part.soft_others.log1p() - expected)
+    soft = part.soft_others.log1p() - expected
+    return Terms(student_ce, teacher_ce, weight_of(student_ce, teacher_ce), soft)
 
 
-def _loss(part: Statistics, terms: Terms, options: Options) -> Tensor:
+def weight_of(student_ce: Tensor, teacher_ce: Tensor) -> Tensor:
+    weight = -torch.expm1(-student_ce / (teacher_ce + EPS))
+    # A student that rules the label out is infinitely worse than any teacher.
+    return weight.masked_fill(student_ce == math.inf, 1)
+
+
+def loss_of(terms: Terms, uniform: Tensor | None, options: Options) -> Tensor:
+    """Return the loss of every row; `uniform`, for label smoothing, is CE(student, 1 / C)."""
     smoothing, loss = options.label_smoothing, torch.zeros_like(terms.soft)
     if options.hard_weight:  # a term with scale 0 is left out, so that 0 never meets inf
         hard = terms.student_ce
-        if smoothing:
-            uniform = part.others.log1p() - part.z_sum / part.classes
+        if uniform is not None:
             hard = uniform if smoothing == 1 else (1 - smoothing) * hard + smoothing * uniform
         loss = loss + options.hard_weight * hard
     if options.alpha:

@@ -523,19 +523,24 @@ def _program(
 
 @triton.jit(do_not_specialize=COUNTS)
 def _forward_kernel(
-    student, teacher, target, gradient, loss, counted, row_count, ignore_index,
+    student, teacher, target, gradient, loss, weight_scale, counted, row_count, ignore_index,
     inverse, alpha_t, alpha_t2, hard_weight, smoothing, share,
     student_b, student_c, student_r, teacher_b, teacher_c, teacher_r,
     target_b, target_c, target_r, gradient_b, gradient_c, gradient_r,
     CLASSES: tl.constexpr, TEMPERATURE: tl.constexpr, PROBABILITIES: tl.constexpr,
     SMOOTHING: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, LANES: tl.constexpr,
     VECTOR: tl.constexpr, PIXELS: tl.constexpr, COUNT: tl.constexpr,
-    GRADIENT: tl.constexpr, TERMS: tl.constexpr,
+    GRADIENT: tl.constexpr, TERMS: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Store the loss of every row times its share, or with TERMS its four terms.
 
-    With GRADIENT, also store the gradient for an upstream gradient of 1.
+    With GRADIENT, also store the gradient for an upstream gradient of 1. With SCALED, multiply the
+    weights, which is to multiply alpha.
     """
+    if SCALED:
+        factor = tl.load(weight_scale)
+        alpha_t *= factor
+        alpha_t2 *= factor
     operands = (
         (student, student_b, student_c, student_r),
         (teacher, teacher_b, teacher_c, teacher_r),
@@ -590,15 +595,21 @@ _REPLAYS: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
 
 
 def run(
-    student: Tensor, teacher: Tensor, target: Tensor, options: Options, gradient: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    target: Tensor,
+    options: Options,
+    gradient: Tensor | None,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """Return the loss; see `weighted_soft_labels.backends`."""
     shape = loss_shape(options.reduction, student.shape)
     rows = student.new_empty(shape or index_shape(student.shape), dtype=torch.float32)
-    # Without a gradient, its pointer is not followed.
-    tensors = (student, teacher, target, student if gradient is None else gradient, rows)
+    # The pointers of a gradient and a scale that are not there are not followed.
+    pointers = [student if x is None else x for x in (gradient, weight_scale)]
+    tensors = (student, teacher, target, pointers[0], rows, pointers[1])
     with torch.cuda.device_of(student):  # Triton launches on the current device
-        _forward(tensors, options, gradient is not None)
+        _forward(tensors, options, gradient is not None, weight_scale is not None)
     if shape:
         return rows
     loss = rows.sum()  # the rows of a mean are shares of it
@@ -634,12 +645,12 @@ def probe(tensor: Tensor) -> None:
             kernel[(1, 1, 1)]  # loads and binds
 
 
-def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> None:
-    student, teacher, target, gradient, _ = tensors
+def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool, scaled: bool) -> None:
+    student, teacher, target, gradient, *_ = tensors
     key = (
         student.shape, student.stride(), student.dtype, teacher.stride(), teacher.dtype,
         target.stride(), target.dtype, gradient.stride(), gradient.dtype, wanted,
-        student.device, options,
+        scaled, student.device, options,
     )  # fmt: skip
     # Kernels are specialised for tensors that start on a multiple of 16 bytes.
     aligned = not any(tensor.data_ptr() % 16 for tensor in tensors)
@@ -650,7 +661,8 @@ def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool) -> Non
         return
     count, counted, share = _count(student, target, options)
     programs, scalars, constants = _launch(tensors, options, share)
-    constants |= {"COUNT": count, "GRADIENT": wanted, "TERMS": options.reduction == "terms"}
+    constants |= {"COUNT": count, "GRADIENT": wanted, "SCALED": scaled}
+    constants["TERMS"] = options.reduction == "terms"
     compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants, **FUSION)
     # An interpreted launch returns None. With COUNT = 2 another kernel has to count first.
     if aligned and compiled is not None and count != 2:
@@ -664,7 +676,7 @@ def _launch(
     tensors: tuple[Tensor, ...], options: Options, share: float
 ) -> tuple[int, list[Any], dict[str, Any]]:
     """Return the number of programs, the scalar arguments and the constants of tiles."""
-    student, teacher, target, gradient, _ = tensors
+    student, teacher, target, gradient, *_ = tensors
     batches, classes, rows = 1, student.shape[1], len(student)
     if student.dim() == 3 and student.shape[2] != 1:
         batches, rows = student.shape[0], student.shape[2]
