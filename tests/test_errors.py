@@ -93,7 +93,7 @@ OPTIONS = [
     ({"ignore_index": 2**63}, "ignore_index must fit into int64, got 9223372036854775808"),
     ({"temperature": 1e-40}, "must fit into float32"),
     ({"balance": 1}, "balance must be True or False, got 1"),
-    ({"balance": True, "reduction": "none"}, "which needs reduction mean or sum, got 'none'"),
+    ({"balance": True, "reduction": "none"}, "balance needs reduction mean or sum, got 'none'"),
     ({"balance": True, "reduction": "max"}, "reduction must be one of mean, sum, none, got 'max'"),
     ({"reduction": "avg"}, "reduction must be one of mean, sum, none, got 'avg'"),
 ]

@@ -113,11 +113,7 @@ def loss_and_gradient(
     operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
         operands = [_as_matrices(x, student.dim()) for x in operands]
-    weight_scale = None
-    if options.balance and options.alpha:
-        weight = run(*operands[:3], options._replace(reduction="terms"), None)[2]
-        count = eager.count(operands[2], None, options.ignore_index)
-        weight_scale = eager.balancing_scale(weight, count)
+    weight_scale = _weight_scale(operands[:3], options, run) if options.balance else None
     scaled = _scaled(options, power) if power else options
     loss: Tensor = run(*operands[:3], scaled, operands[3], weight_scale)
     if options.reduction in ("none", "terms"):
@@ -130,6 +126,14 @@ def loss_and_gradient(
         count = eager.count(target, None, options.ignore_index)
         loss, scale = loss / count, scale / count.clamp(min=1)
     return loss, scale, gradient
+
+
+def _weight_scale(operands: Any, options: Options, run: Any) -> Tensor | None:
+    """Return what balances the weights, which takes a pass over the logits; None for alpha = 0."""
+    if not options.alpha:
+        return None
+    weight = run(*operands, options._replace(reduction="terms"), None)[2]
+    return eager.balancing_scale(weight, eager.count(operands[2], None, options.ignore_index))
 
 
 def _as_matrices(x: Tensor | None, dims: int) -> Tensor | None:

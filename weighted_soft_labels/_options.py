@@ -27,7 +27,7 @@ class Options(NamedTuple):
     label_smoothing: float = 0.0
     ignore_index: int = -100
     reduction: str = "mean"  # backends also take "terms": the four terms of every element
-    balance: bool = False  # backends take the scale that it means instead
+    balance: bool = False  # backends ignore it, and take `weight_scale`
 
 
 def check_options(options: Options) -> Options:
@@ -49,7 +49,8 @@ def check_options(options: Options) -> Options:
         and alpha * temperature * temperature < 1e38
     )
     others = 0 <= label_smoothing <= 1 and -INT64_MAX <= ignore_index <= INT64_MAX
-    if in_float32 and others and _is_reduction(reduction) and _balances(balance, reduction):
+    legal_balance = type(balance) is bool and not (balance and reduction == "none")
+    if in_float32 and others and _is_reduction(reduction) and legal_balance:
         return options
     raise ValueError(_out_of_range(options))
 
@@ -58,14 +59,8 @@ def _is_reduction(value: Any) -> bool:
     return isinstance(value, str) and value in ("mean", "sum", "none")
 
 
-def _balances(balance: Any, reduction: str) -> bool:
-    return balance is False or (balance is True and reduction != "none")
-
-
 def _out_of_range(options: Options) -> str:
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance = options
-    if type(balance) is not bool:
-        return f"balance must be True or False, got {balance!r}"
     for legal, expected, value in (
         (0 < temperature < math.inf, "temperature must be finite and > 0", temperature),
         (0 <= alpha < math.inf, "alpha must be finite and >= 0", alpha),
@@ -73,14 +68,11 @@ def _out_of_range(options: Options) -> str:
         (0 <= label_smoothing <= 1, "label_smoothing must be in [0, 1]", label_smoothing),
         (abs(ignore_index) <= INT64_MAX, "ignore_index must fit into int64", ignore_index),
         (_is_reduction(reduction), "reduction must be one of mean, sum, none", reduction),
+        (type(balance) is bool, "balance must be True or False", balance),
+        (not balance or reduction != "none", "balance needs reduction mean or sum", reduction),
     ):
         if not legal:
             return f"{expected}, got {value!r}"
-    if not _balances(balance, reduction):
-        return (
-            "balance=True divides weights by their mean over the batch, which needs reduction "
-            f"mean or sum, got {reduction!r}: divide by wsl_terms(...).weight.mean() yourself"
-        )
     expected = "temperature, alpha, alpha * temperature^2 and hard_weight must fit into float32"
     return f"{expected}, got {temperature!r}, {alpha!r} and {hard_weight!r}"
 

@@ -138,7 +138,9 @@ def cached_wsl_loss(
     student = student_logits.reshape(rows, student_logits.shape[-1])
     target, cached = target.detach().reshape(rows), _flat(cached)
     if _operator.unobserved(student, *cached, target):
-        backend: Any = SimpleNamespace(run=partial(_run, _in_memory([*cached])))
+        teacher = _prepare([*cached], target, student.shape[1], student.dtype, options)
+        run = partial(_run, teacher)
+        backend: Any = SimpleNamespace(run=run)
         loss = _operator.run_eagerly(student, student.detach(), target, options, backend)
     else:
         operator = torch.ops.weighted_soft_labels.cached_loss.default
@@ -503,15 +505,19 @@ def _softmax(x: Tensor) -> Softmax:
 
 
 def _prepare(
-    cached: CachedTeacher, target: Tensor, classes: int, options: Options, dtype: torch.dtype
+    stored: list[Tensor], target: Tensor, classes: int, student: torch.dtype, options: Options
 ) -> Teacher:
-    """Return what the loss needs of these rows (N, k).
+    """Return what the loss needs of a cache of rows (N, k), for a student of this dtype.
 
     Raises:
         IndexError, ValueError: On a CPU; see :func:`cached_wsl_loss`.
     """
+    named = zip(CachedTeacher._fields, stored)
+    cached = CachedTeacher(*(in_memory(f"cached.{name}", x) for name, x in named))
+    target = signed(in_memory("target", target)).long()
+    dtype = torch.promote_types(student, torch.float32)
     index = cached.index.long()
-    label = target.long().unsqueeze(1)
+    label = target.unsqueeze(1)
     kept = label != options.ignore_index
     used = cached.log_prob != -math.inf
     used[:, 0] = True  # the label, even if the teacher rules the label out
@@ -630,7 +636,7 @@ def _blocks(rows: int, classes: int, like: Tensor) -> Iterator[slice]:
 
 
 def _run(
-    cached: CachedTeacher,
+    teacher: Teacher,
     student: Tensor,
     _: Tensor,
     target: Tensor,
@@ -638,16 +644,14 @@ def _run(
     gradient: Tensor | None,
     weight_scale: Tensor | None = None,
 ) -> Tensor:
-    """The loss of logits (N, C), as a backend's `run`; the cache takes the teacher's place."""
-    dtype = torch.promote_types(student.dtype, torch.float32)
-    teacher = _prepare(cached, target, student.shape[1], options, dtype)
-    count = eager.count(target, None, options.ignore_index).to(dtype)
-    mean = options.reduction == "mean"
-    scale = teacher.valid / count.clamp(min=1) if mean else teacher.valid
+    """The loss of logits (N, C), as a backend's `run`; `teacher` is a prepared cache."""
+    count = eager.count(target, None, options.ignore_index).to(teacher.valid.dtype)
+    averaged = options.reduction == "mean"
+    scale = teacher.valid / count.clamp(min=1) if averaged else teacher.valid
     losses = _form_rows(student, gradient, teacher, scale, options, weight_scale)
     if options.reduction in ("none", "terms"):
         return losses
-    return losses.sum() / count if mean else losses.sum()
+    return losses.sum() / count if averaged else losses.sum()
 
 
 def _form_rows(
@@ -674,9 +678,8 @@ def _form_rows(
         else:
             chunk = scratch[: len(x)]
         chunk.copy_(x)
-        wanted = gradient is not None
         losses[..., part] = _form(
-            chunk, teacher.rows(part), scale[part], options, wanted, weight_scale
+            chunk, teacher.rows(part), scale[part], options, gradient is not None, weight_scale
         )
         if gradient is not None and memory is None:
             gradient[part] = chunk
@@ -755,8 +758,7 @@ def _zero_rows_(x: Tensor, rows: Tensor) -> None:
 def _combine(student: Softmax, soft_student: Softmax, teacher: Teacher) -> eager.Terms:
     """Return the four terms of every row, (N, 1)."""
     student_ce = -student.log[:, :1]
-    products = teacher.prob * soft_student.log
-    soft = -torch.where(teacher.prob == 0, 0.0, products).sum(1, keepdim=True)
+    soft = -eager.expectation(teacher.prob, soft_student.log)
     return eager.Terms(student_ce, teacher.ce, eager.weight_of(student_ce, teacher.ce), soft)
 
 
@@ -801,15 +803,11 @@ def _spread_(
 # --- the operators ---
 
 
-def _in_memory(cached: list[Tensor]) -> CachedTeacher:
-    named = zip(CachedTeacher._fields, cached)
-    return CachedTeacher(*(in_memory(f"cached.{name}", x) for name, x in named))
-
-
 def _forward(
     student: Tensor, cached: list[Tensor], target: Tensor, wanted: bool, *options: Any
 ) -> tuple[Tensor, ...]:
-    run = partial(_run, _in_memory(cached))
+    teacher = _prepare(cached, target, student.shape[1], student.dtype, Options(*options))
+    run = partial(_run, teacher)
     outputs = _operator.loss_and_gradient(student, student, target, wanted, Options(*options), run)
     return _operator.tensors_only(*outputs)
 
@@ -843,8 +841,7 @@ def _linear_forward(
     head = linear.cast(linear.head_in_memory("student", student), settings.product)
     target = signed(in_memory("target", target)).long()
     classes = len(head.weight)
-    dtype = torch.promote_types(student[0].dtype, torch.float32)
-    teacher = _prepare(_in_memory(cached), target, classes, options, dtype)
+    teacher = _prepare(cached, target, classes, student[0].dtype, options)
 
     def loss_of(
         part: slice,
@@ -857,10 +854,9 @@ def _linear_forward(
         return _form_rows(chunk.student, gradient, rows, rows.valid, of_rows, weight_scale)
 
     kept = target != options.ignore_index
-    buffers = linear.buffers_of(head, settings, classes, dtype, of_teacher=False)
-    of_rows = options._replace(reduction="none")
+    buffers = linear.buffers_of(head, settings, classes, teacher.valid.dtype, of_teacher=False)
     losses, totals = linear.accumulate(
-        head, kept, upstream, wanted, of_rows, settings, buffers, loss_of
+        head, kept, upstream, wanted, options, settings, buffers, loss_of
     )
     del buffers  # before a gradient is converted
     return linear.finished(losses, totals, student, target, wanted, options, settings)

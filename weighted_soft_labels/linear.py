@@ -7,7 +7,7 @@ a chunk is computed by the backend that `wsl_loss` would use.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -318,31 +318,24 @@ def accumulate(
 
     Args:
         kept: Rows that are not ignored, (N,).
-        loss_of: Takes a slice of rows, the buffers with the student's logits of these rows, and
-            what a backend takes: options, whether to fill the gradient, and the scale of the
-            weights. Returns losses, or with reduction "terms" the four terms.
+        loss_of: Takes a slice of rows, the buffers with the student's logits of these rows, the
+            options, whether to fill the buffers' gradient, and the scale of the weights. Returns
+            what a backend returns for reduction "none" or "terms".
     """
-    weight_scale = None
-    if options.balance and options.alpha:
-        terms = options._replace(reduction="terms", balance=False)
-        of_weights = student, kept, None, [False] * 3, terms, settings, buffers, loss_of
-        weights, _ = accumulate(*of_weights)
-        weight_scale = eager.balancing_scale(weights, kept.sum())
-    size, rows = len(buffers.student), len(kept)
-    losses = buffers.student.new_empty(rows)
+    losses = buffers.student.new_empty(len(kept))
     totals = [
         losses.new_empty(x.shape if x is not None and want else 0)
         for x, want in zip(student, wanted)
     ]
-    cap = settings.student_softcap
-    for start in range(0, rows, size):
-        part = slice(start, start + size)
-        chunk = buffers.part(slice(rows - start))
-        # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
-        head = student._replace(input=student.input[part].where(kept[part, None], 0))
-        _form_logits(chunk.student, head, settings.student_scale, cap)
-        result = loss_of(part, chunk, options, any(wanted), weight_scale)
-        losses[part] = result[2] if options.reduction == "terms" else result
+    weight_scale = None
+    if options.balance and options.alpha:
+        weights, terms = torch.empty_like(losses), options._replace(reduction="terms")
+        for part, chunk, _ in _chunks(student, kept, settings, buffers):
+            weights[part] = loss_of(part, chunk, terms, False, None)[2]
+        weight_scale = eager.balancing_scale(weights, kept.sum())
+    cap, of_rows = settings.student_softcap, options._replace(reduction="none")
+    for part, chunk, head in _chunks(student, kept, settings, buffers):
+        losses[part] = loss_of(part, chunk, of_rows, any(wanted), weight_scale)
         if not any(wanted):
             continue
         gradient = chunk.gradient
@@ -351,9 +344,23 @@ def accumulate(
         if cap is not None:  # the derivative of cap * tanh(x / cap)
             gradient.mul_(chunk.student.square_().mul_(-1 / cap**2).add_(1))
         _add_gradients(totals, wanted, head, gradient, part)
-    if rows == 0:
+    if len(kept) == 0:
         totals = [total.zero_() for total in totals]
     return losses, totals
+
+
+def _chunks(
+    student: Head, kept: Tensor, settings: Settings, buffers: Buffers
+) -> Iterator[tuple[slice, Buffers, Head]]:
+    """Yield a slice of rows, buffers with the student's logits of these rows, and their inputs."""
+    size, rows = len(buffers.student), len(kept)
+    for start in range(0, rows, size):
+        part = slice(start, start + size)
+        chunk = buffers.part(slice(rows - start))
+        # The gradient of an ignored row is 0, but 0 * NaN would be NaN.
+        head = student._replace(input=student.input[part].where(kept[part, None], 0))
+        _form_logits(chunk.student, head, settings.student_scale, settings.student_softcap)
+        yield part, chunk, head
 
 
 def _add_gradients(
@@ -415,8 +422,7 @@ def _forward(
 
     kept = target != options.ignore_index
     buffers = buffers_of(own, settings, largest, dtype)
-    of_rows = options._replace(reduction="none")
-    losses, totals = accumulate(own, kept, upstream, wanted, of_rows, settings, buffers, loss_of)
+    losses, totals = accumulate(own, kept, upstream, wanted, options, settings, buffers, loss_of)
     del buffers  # before a gradient is converted
     if shard is not None and wanted[0]:
         shard.all_reduce(totals[0])

@@ -54,10 +54,12 @@ def wsl_loss(
             logits are, and do not count in the mean. Default -100. Not used for probabilities.
         reduction: ``"mean"`` over the elements that are not ignored (default), ``"sum"`` or
             ``"none"``.
-        balance: Divide the weights by their mean over the elements that are not ignored. The soft
-            term of ``"mean"`` is then ``sum(weight * soft) / sum(weight)``, so alpha has the
-            strength that it has in distillation without weights. Default False, as in the paper.
-            Not for ``"none"``. If all weights are 0, so is the soft term.
+        balance: Divide the weights by their mean over the elements of this call that are not
+            ignored. The soft term of ``"mean"`` is then ``sum(weight * soft) / sum(weight)``, so
+            alpha has the strength that it has in distillation without weights. Each process and
+            each micro-batch has its own mean. Costs a second forward pass, and for float16 a
+            float32 gradient. If all weights are 0, so is the soft term. Not for ``"none"``.
+            Default False, as in the paper.
 
     Returns:
         A scalar, or for ``"none"`` a tensor shaped like an index target. The loss is computed in

@@ -77,8 +77,8 @@ def wsl_loss(
     weight = -torch.expm1(-student_ce / (teacher_ce + 1e-7))
     weight = weight.masked_fill(student_ce.isposinf(), 1)  # inf / inf is NaN
     if balance:
-        weights = weight.where(counted, 0).nansum()
-        weight = weight * (counted.sum() / weights).clamp(max=1e30)  # 0 if all weights are 0
+        total = weight.where(counted, 0).nansum().clamp(min=1e-20)  # weights of 0 stay 0
+        weight = weight * counted.sum() / total
     soft = -_expectation(soft_teacher, log_soft_student, dim)
     weighted = (weight * soft).masked_fill((weight == 0) & soft.isposinf(), torch.inf)  # 0 * inf
     hard = -_expectation(smoothed_q, log_p_student, dim)

@@ -9,7 +9,7 @@ returns the loss:
   term of every element, (4, N) or (4, N, R), 0 where ignored.
 - ``gradient``: None, or a tensor shaped like ``student`` to fill for an upstream gradient of 1.
 - ``weight_scale``: None, or a 0-dim tensor in the dtype of the loss that multiplies all weights.
-  The operator computes it for ``options.balance``, which backends do not read.
+  The caller computes it if ``options.balance``, which backends do not read.
 
 ======= ============================================= ====================================
 backend code                                          "auto" takes it for

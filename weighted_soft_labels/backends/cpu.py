@@ -39,7 +39,7 @@ def run(
     weight_scale: Tensor | None = None,
 ) -> Tensor:
     """The loss of these logits; see `weighted_soft_labels.backends`."""
-    if weight_scale is not None:
+    if weight_scale is not None:  # the kernel knows the weight only as alpha * weight
         options = options._replace(alpha=options.alpha * weight_scale.item())
     target = target.long().contiguous()
     shape = loss_shape(options.reduction, student.shape)
@@ -55,7 +55,7 @@ def run(
         target.data_ptr(),
         rows.data_ptr(),
         0 if loss is rows else loss.data_ptr(),
-        options[:6],
+        options[:6],  # without balance
     )
     if non_finite:
         _recompute(student, teacher, target, options, gradient, rows, count)

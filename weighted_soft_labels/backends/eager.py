@@ -100,7 +100,6 @@ def run(
         return loss[..., 0, :] if loss.dim() else loss
     wide = torch.float64 in (student.dtype, teacher.dtype)
     dtype = torch.float64 if wide else torch.float32
-    terms = options.reduction == "terms"
     shape = loss_shape(options.reduction, student.shape)
     rows = student.new_empty(shape or index_shape(student.shape), dtype=dtype)
     counted = count(target, None if shard else student.shape[1], options.ignore_index).to(dtype)
@@ -114,19 +113,22 @@ def run(
         else:
             part = Statistics(*(x[..., r] for x in shared[0]))
             tops = [Top(*(x[..., r] for x in top)) for top in shared[1]]
-        combined = combine(part, options.temperature)
-        if weight_scale is not None:
-            combined = combined._replace(weight=combined.weight * weight_scale)
-        uniform = None
-        if options.label_smoothing:
-            uniform = part.others.log1p() - part.z_sum / part.classes
-        result = torch.cat(combined, 1) if terms else loss_of(combined, uniform, options)
+        terms = combine(part, options.temperature)
+        if options.reduction == "terms":
+            result = torch.cat(terms, 1)
+        else:
+            if weight_scale is not None:
+                terms = terms._replace(weight=terms.weight * weight_scale)
+            uniform = None
+            if options.label_smoothing:
+                uniform = part.others.log1p() - part.z_sum / part.classes
+            result = loss_of(terms, uniform, options)
         rows[..., b, r] = _kept(result, label).movedim(1, 0)
         if gradient is not None and gradient.shape[1]:
             if shared is not None:
                 e = _exponentials(logits[0], tops[0], 1.0, options.temperature)[1:]
                 e += _exponentials(logits[1], tops[1], options.temperature)[1:]
-            block = _gradient(e, part, tops, label, combined.weight, row_share, options)
+            block = _gradient(e, part, tops, label, terms.weight, row_share, options)
             gradient[b, :, r] = _kept(block, label)
     if shape:
         return rows
@@ -193,12 +195,12 @@ def count(target: Tensor, classes: int | None, ignore_index: int) -> Tensor:
 
 
 def balancing_scale(weight: Tensor, counted: Tensor) -> Tensor:
-    """Return what multiplies the weights so that their mean over `counted` elements is 1.
+    """Return counted / sum of the weights: times this, the mean weight is 1.
 
-    NaN weights are left out, so that they do not reach other elements. The scale is finite, so
-    that weights of 0 stay 0.
+    NaN weights are left out, so that they do not reach other elements. The scale is finite, so that
+    weights of 0 stay 0.
     """
-    return (counted / weight.nansum()).nan_to_num(1.0).clamp(max=1e30)
+    return counted / weight.nansum().clamp(min=1e-20)
 
 
 def _label(target: Tensor, logits: Tensor, ignore_index: int, shard: Shard | None) -> Label:
@@ -238,7 +240,7 @@ def statistics(
         teacher_soft_others=_sum(teacher_soft),
         teacher_label_z=_label_sum(label, teacher_z),
         mass=_sum(label.mass),
-        dot=_expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
+        dot=expectation(teacher_soft, z) + z.gather(1, teacher_top.indices),
         z_sum=_sum(z) if options.label_smoothing else torch.zeros_like(top.logit),
         classes=torch.full_like(top.logit, z.shape[1]),
     )
@@ -261,10 +263,10 @@ def _exponentials(logits: Tensor, top: Top, *temperatures: float) -> list[Tensor
 
 
 def _label_sum(label: Label, z: Tensor) -> Tensor:
-    return _expectation(label.mass, z if label.indices is None else z.gather(1, label.indices))
+    return expectation(label.mass, z if label.indices is None else z.gather(1, label.indices))
 
 
-def _expectation(mass: Tensor, value: Tensor) -> Tensor:
+def expectation(mass: Tensor, value: Tensor) -> Tensor:
     """``sum_c mass_c * value_c``, where no mass times an infinite value is 0."""
     return _sum((mass * value).masked_fill_(mass == 0, 0))
 

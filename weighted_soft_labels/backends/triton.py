@@ -534,8 +534,8 @@ def _forward_kernel(
 ):  # fmt: skip
     """Store the loss of every row times its share, or with TERMS its four terms.
 
-    With GRADIENT, also store the gradient for an upstream gradient of 1. With SCALED, multiply the
-    weights, which is to multiply alpha.
+    With GRADIENT, also store the gradient for an upstream gradient of 1. With SCALED, multiply
+    alpha by `weight_scale`: loss and gradient have the weight only as alpha * weight.
     """
     if SCALED:
         factor = tl.load(weight_scale)
@@ -605,9 +605,10 @@ def run(
     """Return the loss; see `weighted_soft_labels.backends`."""
     shape = loss_shape(options.reduction, student.shape)
     rows = student.new_empty(shape or index_shape(student.shape), dtype=torch.float32)
-    # The pointers of a gradient and a scale that are not there are not followed.
-    pointers = [student if x is None else x for x in (gradient, weight_scale)]
-    tensors = (student, teacher, target, pointers[0], rows, pointers[1])
+    # The student's pointer, which is not followed, stands for a gradient or scale of None.
+    pointer = student if gradient is None else gradient
+    scale_pointer = student if weight_scale is None else weight_scale
+    tensors = (student, teacher, target, pointer, rows, scale_pointer)
     with torch.cuda.device_of(student):  # Triton launches on the current device
         _forward(tensors, options, gradient is not None, weight_scale is not None)
     if shape:
@@ -661,8 +662,12 @@ def _forward(tensors: tuple[Tensor, ...], options: Options, wanted: bool, scaled
         return
     count, counted, share = _count(student, target, options)
     programs, scalars, constants = _launch(tensors, options, share)
-    constants |= {"COUNT": count, "GRADIENT": wanted, "SCALED": scaled}
-    constants["TERMS"] = options.reduction == "terms"
+    constants |= {
+        "COUNT": count,
+        "GRADIENT": wanted,
+        "TERMS": options.reduction == "terms",
+        "SCALED": scaled,
+    }
     compiled = _forward_kernel[(programs,)](*tensors, counted, *scalars, **constants, **FUSION)
     # An interpreted launch returns None. With COUNT = 2 another kernel has to count first.
     if aligned and compiled is not None and count != 2:
@@ -743,7 +748,7 @@ def _strides(x: Tensor) -> tuple[int, int, int]:
 
 
 def _count(student: Tensor, target: Tensor, options: Options) -> tuple[int, Tensor, float]:
-    """Return COUNT, `counted` and `share`; see `_unit`."""
+    """Return COUNT, `counted` and `share`; see `_row_share`."""
     counted = student  # stands for a pointer that is not followed
     if options.reduction != "mean":
         return 0, counted, 1.0
