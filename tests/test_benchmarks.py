@@ -32,6 +32,7 @@ def run(script, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("triton") is None, reason="Triton is not installed beside this build of torch"
 )

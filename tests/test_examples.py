@@ -43,6 +43,7 @@ def run_digits(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_weights_help_where_the_teacher_is_wrong(tmp_path: Path) -> None:
     done = run_digits(tmp_path, "--seeds", "2", "--epochs", "30", "--teacher-epochs", "10")
     assert done.returncode == 0, done.stderr

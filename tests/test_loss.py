@@ -384,7 +384,7 @@ def test_a_row_without_classes_is_nan(classes):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", ["index", "ignored", "probabilities"])
-@pytest.mark.parametrize("shape", [(5,), (8, 10), (3, 6, 5), (3, 9000)])
+@pytest.mark.parametrize("shape", [(5,), (3, 6, 5)])
 @pytest.mark.parametrize(
     ("hard_weight", "alpha", "label_smoothing"), [(1, 2.5, 0.1), (0, 1, 0), (0.5, 0, 0)]
 )
@@ -434,8 +434,8 @@ def test_balanced_soft_term_is_0_where_all_weights_are_0():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_balanced_weights_of_a_confident_student_keep_their_strength(dtype):
-    """Weights of 1e-7 become 1, and one element among thousands gets nearly all the weight."""
-    student, teacher, target = problem((3000, 10), dtype=dtype)
+    """Weights of 1e-7 become 1, and one element among hundreds gets nearly all the weight."""
+    student, teacher, target = problem((300, 10), dtype=dtype)
     student.zero_().scatter_(1, target[:, None], 18.0)
     assert_as_reference(student, teacher, target, hard_weight=0.0, balance=True)
     student[7, target[7]] = 0.0

@@ -163,13 +163,13 @@ def test_backward_keeps_the_gradient_and_the_loss_alone(dtype, reduction):
 
 def alive_after(forward):
     """Return what `forward` returns, and the elements of the largest tensor that it left alive."""
-    gc.collect()
-    before = {id(x) for x in gc.get_objects() if issubclass(type(x), torch.Tensor)}
-    kept = forward()
-    gc.collect()
-    alive = [
-        x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in before
-    ]
+    gc.freeze()  # sets aside what is alive now, which is most of a test run
+    try:
+        kept = forward()
+        gc.collect()
+        alive = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    finally:
+        gc.unfreeze()
     return kept, max((x.numel() for x in alive), default=0)
 
 
@@ -454,7 +454,6 @@ def test_the_operator_is_what_it_claims_to_be(layout, dtype):
     options = (2.0, 2.5, 1.0, 0.0, -100)
     for wanted, *others in (
         (False, "terms", False),
-        (False, "mean", False),
         (True, "mean", False),
         (True, "mean", True),
         (True, "none", False),

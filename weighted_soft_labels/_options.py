@@ -203,19 +203,18 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
     """
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if tensor.is_meta:
-        return tensor
-    if tensor.is_contiguous():
-        last = tensor.numel()
-    else:
+    end = tensor.nbytes
+    if not tensor.is_contiguous():
         last = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
-    end = (tensor.storage_offset() + last) * tensor.element_size()
+        end = last * tensor.itemsize
+    if offset := tensor.storage_offset():
+        end += offset * tensor.itemsize
     if tensor.untyped_storage().nbytes() < end and tensor.numel():
         raise ValueError(
             f"{name} must lie in its storage, got a tensor of {end} bytes in a storage of "
             f"{tensor.untyped_storage().nbytes()}: gather or restore the tensor first"
         )
-    return tensor.clone() if last and not tensor.data_ptr() else tensor
+    return tensor if tensor.data_ptr() or not tensor.numel() else tensor.clone()
 
 
 def signed(target: Tensor) -> Tensor:
