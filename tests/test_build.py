@@ -40,7 +40,8 @@ def run(*tensors, target):
     losses = torch.zeros(target.shape)
     logits = [(x.data_ptr(), x.stride(), CODES[x.dtype]) for x in tensors]
     pointers = target.data_ptr(), losses.data_ptr(), 0
-    counts = kernel.run(0, tuple(tensors[0].shape), *logits, *pointers, tuple(OPTIONS.values()))
+    options = tuple(OPTIONS.values()), 1.0
+    counts = kernel.run(0, tuple(tensors[0].shape), *logits, *pointers, *options)
     return counts, losses
 
 

@@ -13,6 +13,7 @@ import torch
 from budget import exact_step
 from processes import run_python
 
+from weighted_soft_labels import wsl_loss
 from weighted_soft_labels._options import Options
 from weighted_soft_labels.backends import eager
 
@@ -157,6 +158,21 @@ def test_same_bits_for_any_number_of_threads(layout):
         torch.set_num_threads(threads)
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+def test_same_balanced_loss_for_any_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 60_000, 8, generator=generator)
+    target = torch.randint(8, (60_000,), generator=generator)
+    threads = torch.get_num_threads()
+    losses = set()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            losses.add(wsl_loss(student, teacher, target, balance=True).item())
+    finally:
+        torch.set_num_threads(threads)
+    assert len(losses) == 1
 
 
 def test_threads_are_lent_by_torch():

@@ -424,12 +424,24 @@ def test_one_element_has_balanced_weight_1():
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_balanced_soft_term_is_0_where_all_weights_are_0():
+@pytest.mark.parametrize("alpha", [1.0, 1e30])
+def test_balanced_soft_term_is_0_where_all_weights_are_0(alpha):
     student, teacher, target = problem((4, 10))
     student.scatter_(1, target[:, None], 300.0)
-    loss, gradient = step(wsl_loss, student, teacher, target, hard_weight=0.0, balance=True)
+    options = {"alpha": alpha, "hard_weight": 0.0, "balance": True}
+    loss, gradient = step(wsl_loss, student, teacher, target, **options)
     assert loss == 0
     assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("margin", [20.0, 50.0, 72.0])
+def test_one_confident_element_has_balanced_weight_1(margin):
+    """Its soft term at T = 1 is 9/10 of the margin: the teacher is uniform."""
+    student, teacher, target = torch.zeros(1, 10), torch.zeros(1, 10), torch.tensor([3])
+    student[0, 3] = margin
+    options = {"temperature": 1.0, "alpha": 1e6, "hard_weight": 0.0, "balance": True}
+    loss = wsl_loss(student, teacher, target, **options)
+    torch.testing.assert_close(loss, torch.tensor(0.9e6 * margin), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -103,3 +104,17 @@ def test_supports_vmap_for_gradients_of_single_samples():
     )
     together = torch.func.grad(lambda s: reference.wsl_loss(s, teacher, target, reduction="sum"))
     torch.testing.assert_close(single(student, teacher, target), together(student))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [20.0, 45.0])
+def test_weights_of_confident_students_keep_their_digits(margin, dtype):
+    """The balanced loss shows the digits of tiny weights, in proportion to exp(-margin)."""
+    student = torch.zeros(3, 10, dtype=dtype)
+    student[:, 0] = torch.tensor([margin, margin + 1, margin + 2])
+    teacher = torch.zeros(3, 10, dtype=dtype)
+    options = {"temperature": 1.0, "alpha": 1.0, "hard_weight": 0.0, "balance": True}
+    loss = reference.wsl_loss(student, teacher, torch.zeros(3, dtype=torch.long), **options)
+    weights = [math.exp(-i) for i in range(3)]
+    expected = sum(w * 0.9 * (margin + i) for i, w in enumerate(weights)) / sum(weights)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)

@@ -152,7 +152,7 @@ def empty_gradient(student: Tensor, target: Tensor, options: Options) -> Tensor:
     """
     # Probabilities that add up to much more than 1 would overflow float16 times a power of two.
     # So would the balanced weight of one element in a large batch.
-    unbounded = target.is_floating_point() or options.balance
+    unbounded = target.is_floating_point() or (options.balance and options.alpha > 0)
     wide = student.dtype == torch.float16 and unbounded
     gradient = torch.empty_like(student, dtype=torch.float32 if wide else student.dtype)
     try:

@@ -203,7 +203,7 @@ def in_memory(name: str, tensor: Tensor) -> Tensor:
     """
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    end = tensor.nbytes
+    end: Any = tensor.nbytes
     if not tensor.is_contiguous():
         last = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride()))
         end = last * tensor.itemsize

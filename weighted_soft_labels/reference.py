@@ -66,9 +66,9 @@ def wsl_loss(
     student_logits = student_logits.where(counted.unsqueeze(dim), 0)
     teacher_logits = teacher_logits.where(counted.unsqueeze(dim), 0)
 
-    log_p_student = student_logits.log_softmax(dim)
-    log_p_teacher = teacher_logits.log_softmax(dim)
-    log_soft_student = (student_logits / temperature).log_softmax(dim)
+    log_p_student = _log_softmax(student_logits, dim)
+    log_p_teacher = _log_softmax(teacher_logits, dim)
+    log_soft_student = _log_softmax(student_logits / temperature, dim)
     soft_teacher = (teacher_logits / temperature).softmax(dim)
     smoothed_q = q * (1 - label_smoothing) + label_smoothing / classes
 
@@ -77,8 +77,8 @@ def wsl_loss(
     weight = -torch.expm1(-student_ce / (teacher_ce + 1e-7))
     weight = weight.masked_fill(student_ce.isposinf(), 1)  # inf / inf is NaN
     if balance:
-        total = weight.where(counted, 0).nansum().clamp(min=1e-20)  # weights of 0 stay 0
-        weight = weight * counted.sum() / total
+        mean = weight.where(counted, 0).nansum() / counted.sum().clamp(min=1)
+        weight = weight / mean.clamp(min=10 * torch.finfo(dtype).tiny)  # weights of 0 stay 0
     soft = -_expectation(soft_teacher, log_soft_student, dim)
     weighted = (weight * soft).masked_fill((weight == 0) & soft.isposinf(), torch.inf)  # 0 * inf
     hard = -_expectation(smoothed_q, log_p_student, dim)
@@ -92,6 +92,16 @@ def wsl_loss(
     if reduction == "mean":
         return loss.sum() / counted.sum()
     return loss.sum() if reduction == "sum" else loss
+
+
+def _log_softmax(x: Tensor, dim: int) -> Tensor:
+    """Return the logarithm of the softmax, with all digits of a probability near 1.
+
+    The top class is left out of the sum of exponentials: its logarithm is -log1p(sum).
+    """
+    top = x.argmax(dim, keepdim=True)
+    z = x - x.gather(dim, top)
+    return z - z.exp().scatter(dim, top, 0.0).sum(dim, keepdim=True).log1p()
 
 
 def _expectation(probability: Tensor, value: Tensor, dim: int) -> Tensor:

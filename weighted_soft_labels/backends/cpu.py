@@ -39,8 +39,6 @@ def run(
     weight_scale: Tensor | None = None,
 ) -> Tensor:
     """The loss of these logits; see `weighted_soft_labels.backends`."""
-    if weight_scale is not None:  # the kernel knows the weight only as alpha * weight
-        options = options._replace(alpha=options.alpha * weight_scale.item())
     target = target.long().contiguous()
     shape = loss_shape(options.reduction, student.shape)
     loss = torch.empty(shape, dtype=torch.float32, device="cpu")
@@ -56,9 +54,10 @@ def run(
         rows.data_ptr(),
         0 if loss is rows else loss.data_ptr(),
         options[:6],  # without balance
+        1.0 if weight_scale is None else weight_scale.item(),
     )
     if non_finite:
-        _recompute(student, teacher, target, options, gradient, rows, count)
+        _recompute(student, teacher, target, options, gradient, rows, count, weight_scale)
         if loss is not rows:
             loss.copy_(rows.double().sum() / (count if options.reduction == "mean" else 1))
     return loss
@@ -80,6 +79,7 @@ def _recompute(
     gradient: Tensor | None,
     rows: Tensor,
     count: int,
+    weight_scale: Tensor | None,
 ) -> None:
     """Compute the rows that the kernel marked by NaN with the eager backend."""
     terms = options.reduction == "terms"
@@ -92,7 +92,7 @@ def _recompute(
         index = marked[start : start + size].unbind(1)
         chunk = student[index]
         formed = torch.empty_like(chunk, dtype=torch.float32)
-        part = eager.run(chunk, teacher[index], target[index], per_row, formed)
+        part = eager.run(chunk, teacher[index], target[index], per_row, formed, weight_scale)
         entries: Any = (..., *index)  # `rows` is (N,) or (N, R); for terms, 4 come first
         rows[entries] = part
         if gradient is not None:

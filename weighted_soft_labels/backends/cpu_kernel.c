@@ -62,6 +62,7 @@ typedef struct {
     Py_ssize_t batches, classes, rows, tile_rows, tiles_per_batch;
     long long ignore_index;
     float temperature, soft_weight, hard_weight, smoothing; /* soft_weight: alpha * T */
+    float weight_scale;
     float row_share; /* 1, or 1 / count for the mean */
     int terms, pixels;
     volatile int out_of_memory;
@@ -302,7 +303,7 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
     const float classes = (float)job->classes;
     const float temperature = job->temperature, smoothing = job->smoothing;
     const float hard_weight = job->hard_weight, soft_weight = job->soft_weight;
-    const float row_share = job->row_share;
+    const float row_share = job->row_share, weight_scale = job->weight_scale;
     const int terms = job->terms;
     EACH_LANE {
         const float others = rows->sum[OTHERS][l];
@@ -320,7 +321,8 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
         const float soft = log1p_(rows->sum[SOFT_OTHERS][l]) - dot / (temperature * teacher_soft_z);
         const float uniform = log_z - rows->sum[Z_SUM][l] / classes;
         const float hard = (1 - smoothing) * student_ce + smoothing * uniform;
-        const float loss = hard_weight * hard + soft_weight * temperature * weight * soft;
+        const float scaled = weight * weight_scale;
+        const float loss = hard_weight * hard + soft_weight * temperature * scaled * soft;
         const float mark = (dot + label_z + teacher_label_z) * 0.0f; /* NaN if not finite, else 0 */
         const int counted = rows->label[l] >= 0;
         results[0][l] = or_zero(counted, choose_float(terms, student_ce, loss) + mark);
@@ -328,7 +330,7 @@ INLINE void combine(const Job *job, Rows *rows, float results[4][LANES], const i
         results[2][l] = or_zero(counted, weight);
         results[3][l] = or_zero(counted, soft);
         rows->scale[HARD_SCALE][l] = row_share * hard_weight / (1 + others);
-        rows->scale[SOFT_SCALE][l] = row_share * soft_weight * weight / soft_z;
+        rows->scale[SOFT_SCALE][l] = row_share * soft_weight * scaled / soft_z;
         rows->scale[TEACHER_RATIO][l] = soft_z / teacher_soft_z;
         rows->scale[UNIFORM][l] = row_share * hard_weight * (smoothing / classes);
         rows->scale[AT_LABEL][l] = row_share * hard_weight * (1 - smoothing);
@@ -595,25 +597,25 @@ static void plan_tiles(Job *job)
     job->tiles_per_batch = (job->rows + job->tile_rows - 1) / job->tile_rows;
 }
 
-/* run(parallel_for, (B, C, R), student, teacher, gradient, target, out, loss, options) returns how
- * many rows are left to Python, and how many are not ignored. Tensors are addresses; logits are
+/* run(parallel_for, (B, C, R), student, teacher, gradient, target, out, loss, options,
+ * weight_scale) returns how many rows are left to Python, and how many are not ignored. Tensors are addresses; logits are
  * (address, strides, dtype). parallel_for: address of torch's function, or 0 for one thread. */
 static PyObject *run(PyObject *module, PyObject *arguments)
 {
     Job job = {0};
     Logits *s = &job.student, *t = &job.teacher, *g = &job.gradient;
     Py_ssize_t parallel_for;
-    double temperature, alpha, hard_weight, smoothing;
+    double temperature, alpha, hard_weight, smoothing, weight_scale;
     const char *reduction;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "n(nnn)(n(nnn)i)(n(nnn)i)(n(nnn)i)nnn(ddddLs)",
+    if (!PyArg_ParseTuple(arguments, "n(nnn)(n(nnn)i)(n(nnn)i)(n(nnn)i)nnn(ddddLs)d",
                           &parallel_for, &job.batches, &job.classes, &job.rows,
                           &s->address, &s->batch, &s->class_, &s->row, &s->dtype,
                           &t->address, &t->batch, &t->class_, &t->row, &t->dtype,
                           &g->address, &g->batch, &g->class_, &g->row, &g->dtype,
                           &job.target, &job.out, &job.loss,
                           &temperature, &alpha, &hard_weight, &smoothing, &job.ignore_index,
-                          &reduction))
+                          &reduction, &weight_scale))
         return NULL;
     const int64_t counted = count_rows(&job);
     if (counted < 0)
@@ -622,6 +624,7 @@ static PyObject *run(PyObject *module, PyObject *arguments)
     job.temperature = (float)temperature;
     job.soft_weight = (float)(alpha * temperature);
     job.hard_weight = (float)hard_weight;
+    job.weight_scale = (float)weight_scale;
     job.smoothing = (float)smoothing;
     job.row_share = (float)row_share;
     job.terms = !strcmp(reduction, "terms");

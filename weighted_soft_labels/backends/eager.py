@@ -195,12 +195,14 @@ def count(target: Tensor, classes: int | None, ignore_index: int) -> Tensor:
 
 
 def balancing_scale(weight: Tensor, counted: Tensor) -> Tensor:
-    """Return counted / sum of the weights: times this, the mean weight is 1.
+    """Return 1 / mean weight of the counted elements.
 
     NaN weights are left out, so that they do not reach other elements. The scale is finite, so that
-    weights of 0 stay 0.
+    weights of 0 stay 0. The sum is in float64, where the number of threads does not show.
     """
-    return counted / weight.nansum().clamp(min=1e-20)
+    wide = weight.dtype if weight.device.type == "mps" else torch.float64
+    mean = weight.nansum(dtype=wide) / counted.clamp(min=1)
+    return mean.clamp(min=10 * torch.finfo(weight.dtype).tiny).reciprocal().to(weight.dtype)
 
 
 def _label(target: Tensor, logits: Tensor, ignore_index: int, shard: Shard | None) -> Label:

@@ -65,6 +65,7 @@ class Settings(NamedTuple):
     alpha_t2: tl.tensor  # alpha * T^2
     hard_weight: tl.tensor
     smoothing: tl.tensor
+    weight_scale: tl.tensor
 
 
 class Rows(NamedTuple):
@@ -406,6 +407,7 @@ def _combine(student, teacher, dot, z_sum, settings, plan: tl.constexpr):
     if plan.SMOOTHING:
         uniform = _log1p(student.excess) - z_sum / plan.CLASSES
         hard = _product(1 - settings.smoothing, hard) + settings.smoothing * uniform
+    weight *= settings.weight_scale
     # Weight 0 on an infinite soft term: the student rules out a class to which the teacher gives
     # mass. A term with scale 0 is left out, so that 0 never meets inf.
     weighted = tl.where((weight == 0) & (soft == float("inf")), float("inf"), weight * soft)
@@ -534,13 +536,10 @@ def _forward_kernel(
 ):  # fmt: skip
     """Store the loss of every row times its share, or with TERMS its four terms.
 
-    With GRADIENT, also store the gradient for an upstream gradient of 1. With SCALED, multiply
-    alpha by `weight_scale`: loss and gradient have the weight only as alpha * weight.
+    With GRADIENT, also store the gradient for an upstream gradient of 1. With SCALED, multiply the
+    weights by the number at `weight_scale`.
     """
-    if SCALED:
-        factor = tl.load(weight_scale)
-        alpha_t *= factor
-        alpha_t2 *= factor
+    factor = tl.load(weight_scale) if SCALED else 1.0
     operands = (
         (student, student_b, student_c, student_r),
         (teacher, teacher_b, teacher_c, teacher_r),
@@ -549,7 +548,7 @@ def _forward_kernel(
     )
     _program(
         operands, loss, counted, row_count, ignore_index, share,
-        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing), GRADIENT, TERMS,
+        Settings(inverse, alpha_t, alpha_t2, hard_weight, smoothing, factor), GRADIENT, TERMS,
         Plan(CLASSES, K, ROWS, LANES, VECTOR, K * LANES * VECTOR,
              TEMPERATURE, PROBABILITIES, SMOOTHING, PIXELS, COUNT),
     )  # fmt: skip
