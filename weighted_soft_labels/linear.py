@@ -118,8 +118,8 @@ class Head(NamedTuple):
 
     def tensors(self, rows: int) -> list[Tensor]:
         """Return the tensors that are there, with inputs of (rows, H)."""
-        flat = self._replace(input=self.input.reshape(rows, self.weight.shape[1]))
-        return [x for x in flat if x is not None]
+        flat = self.input.reshape(rows, self.weight.shape[1])
+        return [x for x in (flat, self.weight, self.bias) if x is not None]
 
 
 class Settings(NamedTuple):
