@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd import Function, forward_ad
 
 from weighted_soft_labels import backends
-from weighted_soft_labels._options import Options, in_memory, loss_shape, signed
+from weighted_soft_labels._options import Options, balances, in_memory, loss_shape, signed
 from weighted_soft_labels.backends import eager
 
 
@@ -113,7 +113,7 @@ def loss_and_gradient(
     operands: Any = student, teacher, target, gradient
     if student.dim() not in (2, 3):
         operands = [_as_matrices(x, student.dim()) for x in operands]
-    weight_scale = _weight_scale(operands[:3], options, run) if options.balance else None
+    weight_scale = _weight_scale(operands[:3], options, run) if balances(options) else None
     scaled = _scaled(options, power) if power else options
     loss: Tensor = run(*operands[:3], scaled, operands[3], weight_scale)
     if options.reduction in ("none", "terms"):
@@ -128,10 +128,8 @@ def loss_and_gradient(
     return loss, scale, gradient
 
 
-def _weight_scale(operands: Any, options: Options, run: Any) -> Tensor | None:
-    """Return what balances the weights, which takes a pass over the logits; None for alpha = 0."""
-    if not options.alpha:
-        return None
+def _weight_scale(operands: Any, options: Options, run: Any) -> Tensor:
+    """Return the scale that balances the weights, which takes a pass over the logits."""
     weight = run(*operands, options._replace(reduction="terms"), None)[2]
     return eager.balancing_scale(weight, eager.count(operands[2], None, options.ignore_index))
 
@@ -152,7 +150,7 @@ def empty_gradient(student: Tensor, target: Tensor, options: Options) -> Tensor:
     """
     # Probabilities that add up to much more than 1 would overflow float16 times a power of two.
     # So would the balanced weight of one element in a large batch.
-    unbounded = target.is_floating_point() or (options.balance and options.alpha > 0)
+    unbounded = target.is_floating_point() or balances(options)
     wide = student.dtype == torch.float16 and unbounded
     gradient = torch.empty_like(student, dtype=torch.float32 if wide else student.dtype)
     try:

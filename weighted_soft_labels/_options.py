@@ -30,6 +30,11 @@ class Options(NamedTuple):
     balance: bool = False  # backends ignore it, and take `weight_scale`
 
 
+def balances(options: Options) -> bool:
+    """Return whether `balance` changes anything: without a soft term it does not."""
+    return options.balance and options.alpha > 0
+
+
 def check_options(options: Options) -> Options:
     """Return the options as plain numbers. Raises ValueError for one that is out of range."""
     temperature, alpha, hard_weight, label_smoothing, ignore_index, reduction, balance = options

@@ -18,6 +18,7 @@ from torch.autograd import Function
 from weighted_soft_labels import _operator, backends, parallel
 from weighted_soft_labels._options import (
     Options,
+    balances,
     check_kind,
     check_options,
     in_memory,
@@ -328,7 +329,7 @@ def accumulate(
         for x, want in zip(student, wanted)
     ]
     weight_scale = None
-    if options.balance and options.alpha:
+    if balances(options):
         weights, terms = torch.empty_like(losses), options._replace(reduction="terms")
         for part, chunk, _ in _chunks(student, kept, settings, buffers):
             weights[part] = loss_of(part, chunk, terms, False, None)[2]
